@@ -15,7 +15,7 @@ def attention_scores(
 ) -> torch.Tensor:  # `(..., L, L)`, float32 at least
     "Scaled dot products `s_ij = q_i . k_j / sqrt(D)`."
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.to(wide) @ k.to(wide).transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., L, D) @ (..., D, L)
+    return q.to(wide) / math.sqrt(q.shape[-1]) @ k.to(wide).transpose(-2, -1)  # (..., L, D) @ (..., D, L)
 
 # %% ../nbs/01_attention.ipynb #1b9bbaae
 def causal_mask(

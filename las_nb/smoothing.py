@@ -75,10 +75,12 @@ def smooth_scores(
 
     Raises `ValueError` for a window below 1 or lengths that do not fit."""
     past, future = window_sides(window, causal)
+    if window == 1: return e
     x = e.to(torch.promote_types(e.dtype, torch.float32))
     real = real_keys(x, lengths)
     n = window_sum(real, past, future).clamp_min(1)  # how many keys each window holds
-    return (window_sum(x * real, past, future) / n).to(e.dtype)
+    if lengths is not None: x = x * real
+    return (window_sum(x, past, future) / n).to(e.dtype)
 
 # %% ../nbs/04_smoothing.ipynb #ef69926d
 def smooth_weights(
@@ -91,10 +93,12 @@ def smooth_weights(
 
     Raises `ValueError` for a window below 1 or lengths that do not fit."""
     past, future = window_sides(window, causal)
+    if window == 1: return a
     x = a.to(torch.promote_types(a.dtype, torch.float32))
     real = real_keys(x, lengths)
     n = window_sum(real, past, future).clamp_min(1)
-    return (window_sum(x * real / n, future, past) * real).to(a.dtype)  # past and future change places: P, not P^T
+    y = window_sum(x * (real / n), future, past)  # past and future change places: P, not P^T
+    return (y if lengths is None else y * real).to(a.dtype)
 
 # %% ../nbs/04_smoothing.ipynb #9fcf6a3d
 def smooth_values(

@@ -1,0 +1,39 @@
+# las_nb: `make train` and `make test` work on a bare clone (git, make, Python >= 3.10).
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | column -t -s '|'
+
+.venv/ready: settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "las_nb needs Python >= 3.10; name one with: make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
+	@touch $@
+
+train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a figure (about 5 minutes)
+	$(BIN)/las_digits
+
+test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 10 minutes)
+	$(BIN)/python -m pytest
+
+lab: .venv/ready  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+sync: .venv/ready  ## export the library, clean the notebooks, rewrite links and README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/pages.py
+
+docs: .venv/ready  ## render the site into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto: get it from https://quarto.org/docs/get-started, then run make docs again"; exit 2; }
+	touch README.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+
+results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 15 minutes)
+	$(BIN)/las_digits --seeds 0,1,2 --out runs/results
+	cp runs/results/digits.json nbs/results/digits.json
+	cp runs/results/plain-seed0.safetensors nbs/results/digits-plain.safetensors
+	cp runs/results/las-seed0.safetensors nbs/results/digits-las.safetensors
+
+.PHONY: help train test lab sync docs results
