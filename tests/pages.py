@@ -1,0 +1,66 @@
+"""The site without Quarto: what `make sync` rewrites and what the docs checks read.
+
+Run as a program it copies the repository's owner from settings.ini into badges and links, and makes README.md
+from nbs/index.ipynb."""
+import json, re, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+
+
+def settings():
+    cfg = ConfigParser(); cfg.read(ROOT / "settings.ini", encoding="utf-8")
+    return cfg["DEFAULT"]
+
+
+def notebooks(): return sorted(p for p in NBS.rglob("*.ipynb") if not any(s.startswith((".", "_")) for s in p.relative_to(NBS).parts))
+
+
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+def directives(cell): return dict(re.findall(r"^#\| *([\w-]+):? *(.*)$", source(cell), re.M))
+
+
+def colab(path):
+    s = settings()
+    return f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}/{path.relative_to(ROOT).as_posix()}"
+
+
+def with_owner(text):
+    "Every link to this repository or its site, with the owner of settings.ini."
+    s = settings()
+    return re.sub(rf"(github\.com/|/github/|https://)[\w-]+(?=(\.github\.io)?/{s['repo']}\b)", rf"\g<1>{s['user']}", text)
+
+
+def readme():
+    "README.md as nbs/index.ipynb says it: prose, code, and the outputs that are Markdown or text."
+    out = []
+    for cell in cells(NBS / settings()["readme_nb"]):
+        flags = directives(cell) if cell["cell_type"] == "code" else {}
+        if "hide" in flags: continue
+        if cell["cell_type"] == "markdown": out.append(source(cell))
+        elif flags.get("echo") != "false": out.append("```python\n" + re.sub(r"^#\|.*\n", "", source(cell), flags=re.M) + "\n```")
+        for o in cell.get("outputs", []):
+            data = o.get("data", {})
+            if "text/markdown" in data: out.append("".join(data["text/markdown"]))
+            elif text := data.get("text/plain", o.get("text")): out.append("```\n" + "".join(text).rstrip() + "\n```")
+    note = "<!-- Made from nbs/index.ipynb by `make sync`: edit the notebook. -->"
+    text = "\n\n".join([note, *out]) + "\n"
+    return re.sub(r"\]\((?!https?:|#)", "](nbs/", text)
+
+
+def main():
+    for path in [*notebooks(), ROOT / "CONTRIBUTING.md"]:
+        old = path.read_text(encoding="utf-8")
+        if (new := with_owner(old)) != old: path.write_text(new, encoding="utf-8"); print(f"links: {path.relative_to(ROOT)}")
+    target = ROOT / "README.md"
+    if (text := readme()) != target.read_text(encoding="utf-8"): target.write_text(text, encoding="utf-8"); print("made README.md")
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,0 +1,110 @@
+import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from pages import NBS
+from las_nb.digits import MODELS, accuracy, compare, digits_data, fit, load_weights, make_model, plot_summary, replace_file, table
+
+COMMAND = str(Path(sys.executable).with_name("las_digits"))
+RESULTS = json.loads((NBS / "results" / "digits.json").read_text())
+
+
+class NoBar:
+    def update(self, n): pass
+    def set_postfix(self, **values): pass
+
+
+def few(n=64):
+    data = digits_data()
+    return {k: v[:n] for k, v in data.items()}
+
+
+def test_the_split_is_fixed_and_disjoint():
+    a, b = digits_data(), digits_data()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert a["x_train"].shape == (1347, 64, 1) and a["x_test"].shape == (450, 64, 1)
+    assert a["y_test"].bincount().min() >= 43  # every class, in equal parts
+
+
+def test_training_is_deterministic_by_seed():
+    runs = []
+    for seed in (0, 0, 1):
+        model = make_model("LaS", seed)
+        runs.append((fit(model, few(), epochs=2, seed=seed, bar=NoBar()), torch.cat([p.flatten() for p in model.parameters()])))
+    assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
+    assert not torch.equal(runs[0][1], runs[2][1])
+
+
+def test_every_model_can_learn_by_heart():
+    "Forty epochs on 64 digits: a loop or model with a bug does not get there."
+    for name in MODELS:
+        model, data = make_model(name), few()
+        history = fit(model, data, epochs=40, bar=NoBar())
+        assert history["loss"][-1] < .5 * history["loss"][0]
+        assert accuracy(model, data["x_train"], data["y_train"]) > 60, name
+
+
+def test_the_four_models_differ_in_nothing_but_what_they_should():
+    models = [make_model(name) for name in MODELS]
+    states = [m.state_dict() for m in models]
+    for s in states[1:]: assert all(torch.equal(s[k], states[0][k]) for k in states[0])
+
+
+def test_command_end_to_end(tmp_path):
+    done = subprocess.run([COMMAND, "--epochs", "1", "--seeds", "3,4", "--out", str(tmp_path / "new" / "folder")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "new" / "folder"
+    results = json.loads((out / "digits.json").read_text())
+    assert [(r["name"], r["seed"]) for r in results["runs"]] == [(n, s) for s in (3, 4) for n in MODELS]
+    for key in ("name", "task", "command", "commit", "device", "torch", "seconds", "finished"): assert results[key]
+    for r in results["runs"]:
+        assert len(r["curve"]["test"]) == len(r["curve"]["loss"]) == r["epochs"] == 1
+        data, model = digits_data(), load_weights(out / r["weights"])
+        assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(r["test"], abs=.5)
+    assert (out / "digits.png").read_bytes()[:4] == b"\x89PNG"
+    assert table(results["runs"]) in done.stdout and "digits.png" in done.stdout
+    assert all(f"{name:17s}" in done.stderr for name in MODELS)  # a progress bar each
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--seeds", "a"], "--seeds takes whole numbers"), (["--epochs", "0"], "at least 1"), (["--jobs", "0"], "at least 1"),
+    (["--out", "/dev/null/x"], "cannot write to /dev/null/x"), (["--epochs", "many"], "invalid int value"), (["--lr", "1"], "unrecognized arguments")])
+def test_bad_calls_end_with_one_line_and_code_2(args, says):
+    done = subprocess.run([COMMAND, *args], capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_the_command_and_its_workers(tmp_path):
+    p = subprocess.Popen([COMMAND, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(12)
+    os.killpg(p.pid, signal.SIGINT)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 2 and "stopped" in err and not (tmp_path / "digits.json").exists()
+    assert subprocess.run(["pgrep", "-g", str(p.pid)], capture_output=True).returncode == 1  # nobody left
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    target = tmp_path / "f"
+    replace_file(target, b"old")
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError): replace_file(target, b"new")
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_stored_results_say_what_the_page_says():
+    by = {name: [r for r in RESULTS["runs"] if r["name"] == name] for name in MODELS}
+    assert all([r["seed"] for r in runs] == [0, 1, 2] for runs in by.values())
+    assert len({r["params"] for r in RESULTS["runs"]}) == 1
+    mean = {name: sum(r["test"] for r in runs) / 3 for name, runs in by.items()}
+    assert mean["LaS"] - mean["plain"] >= 7
+    assert abs(mean["LaS + positions"] - mean["plain + positions"]) < 3
+    assert re.fullmatch(r"[0-9a-f]{7,}", RESULTS["commit"]), "results come from a committed state"
+    for name, f in {"plain": "digits-plain", "LaS": "digits-las"}.items():
+        data, model = digits_data(), load_weights(NBS / "results" / f"{f}.safetensors")
+        assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(by[name][0]["test"], abs=.5)
+
+
+def test_summary_figure_is_drawn_without_a_display(tmp_path):
+    models = {name: make_model(name) for name in ("plain", "LaS")}
+    plot_summary(RESULTS["runs"], models, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 20_000
