@@ -11,7 +11,7 @@ help:  ## this list
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
 	@touch $@
 
-train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a figure (about 5 minutes)
+train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a figure (about 4 minutes)
 	$(BIN)/las_digits
 
 test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 10 minutes)
@@ -31,9 +31,9 @@ docs: .venv/ready  ## render the site into _docs (needs Quarto)
 	touch README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
 
-results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 15 minutes)
+results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 11 minutes)
 	$(BIN)/las_digits --seeds 0,1,2 --out runs/results
-	cp runs/results/digits.json nbs/results/digits.json
+	cp runs/results/digits.json runs/results/digits.png nbs/results/
 	cp runs/results/plain-seed0.safetensors nbs/results/digits-plain.safetensors
 	cp runs/results/las-seed0.safetensors nbs/results/digits-las.safetensors
 

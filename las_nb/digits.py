@@ -9,8 +9,11 @@ __all__ = ['MODELS', 'digits_data', 'accuracy', 'fit', 'make_model', 'save_weigh
 
 # %% ../nbs/07_digits.ipynb #a34fad97
 import json, math, multiprocessing, os, signal, subprocess, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import torch, torch.nn.functional as F
+import las_nb
 from fastcore.script import call_parse
 from .model import LaSTransformer, count_parameters
 
@@ -126,7 +129,7 @@ class RemoteBar:
 
 # %% ../nbs/07_digits.ipynb #eb1510b4
 def start_worker(threads):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     torch.set_num_threads(threads)
 
 def run(name, seed, epochs, out, bar=None):
@@ -149,28 +152,36 @@ def compare(
     seeds: tuple = (0,),  # one run of each model per seed
     jobs: int = 2,  # processes that train at once
     out: str | Path = "runs/digits",  # folder for weights
+    progress: bool = True,  # draw progress bars?
 ) -> list[dict]:  # one record per run
     "Train the four models of `MODELS`, `jobs` at a time, with a progress bar each."
     from tqdm import tqdm
-    steps = epochs * math.ceil(1347 / 32)
-    ctx = multiprocessing.get_context("spawn")
-    wait = 1 if sys.stderr.isatty() else 30  # seconds between redraws
     keys = [(name, seed) for seed in seeds for name in MODELS]
-    with ctx.Manager() as manager, ctx.Pool(jobs, start_worker, (max(1, (os.cpu_count() or 1) // jobs),)) as pool:
+    ctx, bars, threads = multiprocessing.get_context("spawn"), {}, max(1, (os.cpu_count() or 1) // jobs)
+    look = dict(total=epochs * math.ceil(len(digits_data()["x_train"]) / 32), unit="batch", disable=not progress, mininterval=1 if sys.stderr.isatty() else 30)
+    with ctx.Manager() as manager, ProcessPoolExecutor(jobs, ctx, start_worker, (threads,)) as pool:
         queue = manager.Queue()
-        bars = {k: tqdm(total=steps, desc=f"{k[0]:17s} seed {k[1]}", position=i, unit="batch", mininterval=wait) for i, k in enumerate(keys)}
-        jobs = [pool.apply_async(run, (*k, epochs, str(out), RemoteBar(queue, k))) for k in keys]
-        while not all(j.ready() for j in jobs) or not queue.empty():
-            if queue.empty(): time.sleep(.1); continue
-            key, n, postfix = queue.get()
-            bars[key].update(n) if n else bars[key].set_postfix(**postfix)
-        for bar in bars.values(): bar.close()
-        return [j.get() for j in jobs]
+        try:
+            futures = [pool.submit(run, *k, epochs, str(out), RemoteBar(queue, k)) for k in keys]
+            while not all(f.done() for f in futures) or not queue.empty():
+                for f in futures:
+                    if f.done(): f.result()  # raises what stopped the run
+                if queue.empty(): time.sleep(.1); continue
+                key, n, postfix = queue.get()
+                if key not in bars: bars[key] = tqdm(desc=f"{key[0]:17s} seed {key[1]}", position=len(bars), **look)
+                bars[key].update(n) if n else bars[key].set_postfix(**postfix)
+            return [f.result() for f in futures]
+        except BaseException:  # a run failed, a worker died, or Ctrl-C: end the others as well
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children(): child.terminate()
+            raise
+        finally:
+            for bar in bars.values(): bar.close()
 
 # %% ../nbs/07_digits.ipynb #a2b0ccfb
 def commit_id() -> str:  # short hash, with "-dirty" when files differ from it; "unknown" outside git
     "The commit of the code that runs."
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*"]
+    git = ["git", "-C", str(Path(las_nb.__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try: return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return "unknown"
 
@@ -253,12 +264,13 @@ def main(
     out = Path(out)
     try: replace_file(out / ".writable", b""); (out / ".writable").unlink()
     except OSError as e: refuse(f"cannot write to {out}: {e.strerror}; choose another folder with --out")
-    start = time.perf_counter()
+    start, commit = time.perf_counter(), commit_id()
     try: runs = compare(epochs, numbers, jobs, out)
     except KeyboardInterrupt: refuse(f"stopped; weights of the runs that had ended lie in {out}, results were not written")
+    except BrokenProcessPool: refuse("a training process was killed, perhaps for want of memory; try --jobs 1")
     except OSError as e: refuse(f"cannot write to {out}: {e.strerror}; free some space or choose another folder with --out")
     results = dict(name="digits", task="digits", command=f"las_digits --epochs {epochs} --seeds {','.join(map(str, numbers))} --jobs {jobs}",
-                   commit=commit_id(), device="cpu", cores=os.cpu_count(), torch=torch.__version__,
+                   commit=commit, device="cpu", cores=os.cpu_count(), torch=torch.__version__,
                    seconds=round(time.perf_counter() - start, 1), finished=time.strftime("%Y-%m-%d"), runs=runs)
     replace_file(out / "digits.json", json.dumps(results, indent=1).encode())
     first = {r["name"]: load_weights(out / r["weights"]) for r in runs if r["seed"] == numbers[0]}

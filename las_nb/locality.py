@@ -71,4 +71,4 @@ def decayed_scores(
 ) -> torch.Tensor:  # `(B, H, L, L)`, float32 at least
     "ELD: scaled dot products times the locality kernel, `e_ij = m_ij s_ij`."
     s = attention_scores(q, k)  # (B, H, L, L)
-    return s * locality_kernel(rates.to(s.dtype), s.shape[-1])  # (B, H, L, L) * (H, L, L)
+    return s * locality_kernel(rates.to(s), s.shape[-1])  # (B, H, L, L) * (H, L, L)
