@@ -45,7 +45,7 @@ def accuracy(
 # %% ../nbs/07_digits.ipynb #f38d6bb0
 def fit(
     model: torch.nn.Module,  # trained in place
-    data: dict,  # as from `digits_data`
+    data: dict,  # as from digits_data
     epochs: int = 30,  # passes over the training set
     lr: float = 4e-3,  # highest learning rate, reached after a tenth of the steps
     batch_size: int = 32,  # sequences per step
@@ -97,7 +97,7 @@ def save_weights(
 
 # %% ../nbs/07_digits.ipynb #a89dc037
 def load_weights(
-    path: Path,  # a file that `save_weights` wrote
+    path: Path,  # a file that save_weights wrote
 ) -> LaSTransformer:  # in eval mode
     "The model of a weights file, with its weights."
     from safetensors import safe_open
@@ -187,7 +187,7 @@ def commit_id() -> str:  # short hash, with "-dirty" when files differ from it; 
 
 # %% ../nbs/07_digits.ipynb #cfeb1183
 def table(
-    runs: list[dict],  # records as from `compare`
+    runs: list[dict],  # records as from compare
 ) -> str:  # Markdown
     "Model, parameters, test accuracy (mean and range over seeds) and seconds, as a Markdown table."
     rows = ["| model | parameters | test accuracy (%) | seconds |", "|---|---:|---:|---:|"]
@@ -201,7 +201,7 @@ def table(
 
 # %% ../nbs/07_digits.ipynb #e99b7489
 def plot_curves(
-    runs: list[dict],  # records as from `compare`
+    runs: list[dict],  # records as from compare
     ax,  # matplotlib axes
 ):
     "Test accuracy by epoch: mean over seeds, band from worst to best."
@@ -217,7 +217,7 @@ def plot_curves(
 # %% ../nbs/07_digits.ipynb #c9ac03b2
 @torch.no_grad()
 def plot_maps(
-    models: dict,  # name -> `LaSTransformer`
+    models: dict,  # name -> LaSTransformer
     x: torch.Tensor,  # one digit `(64, 1)`
     axs,  # matplotlib axes, `(len(models), heads + 1)`
     layer: int = 0,  # which block

@@ -23,7 +23,7 @@ def check_choice(name, value, allowed):
 def las_weights(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see `decay_rates`
+    rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see decay_rates
     window: int = 3,  # pooling window W; 1 = no smoothing
     pool: str = "scores",  # average "scores" (before the softmax) or "weights" (after it)
     causal: bool = True,  # may query `i` see keys `j <= i` only?
@@ -44,7 +44,7 @@ def las_attention(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see `decay_rates`
+    rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see decay_rates
     window: int = 3,  # pooling window W; 1 = no smoothing
     pool: str = "scores",  # average "scores" (before the softmax) or "weights" (after it)
     causal: bool = True,  # may query `i` see keys `j <= i` only?
@@ -78,7 +78,7 @@ class LaSAttention(nn.Module):
         pool: str = "scores",  # average "scores" or "weights"
         causal: bool = True,  # attend to the past only?
         spacing: str = "geometric",  # how rates spread over heads: "geometric" or "uniform"
-        method: str = "auto",  # how it is computed; see `las_attention`
+        method: str = "auto",  # how it is computed; see las_attention
     ):
         super().__init__()
         rates = decay_rates(n_heads, max_rate, spacing)

@@ -54,7 +54,7 @@ class Block(nn.Module):
         dim: int,  # width
         norm: str = "layer",  # "layer" or "batch"
         prenorm: bool = True,  # normalise before each step, else after it
-        **attention,  # arguments of `LaSAttention`
+        **attention,  # arguments of LaSAttention
     ):
         super().__init__()
         self.prenorm, self.attention = prenorm, LaSAttention(dim, **attention)
@@ -92,7 +92,7 @@ class LaSTransformer(nn.Module):
         prenorm: bool = True,  # pre-norm or post-norm blocks
         readout: str = "mean",  # "mean" over true positions or the "last" one
         max_len: int = 1024,  # longest sequence, for learned positions only
-        **attention,  # further arguments of `LaSAttention`: max_rate, window, pool, causal, spacing, method
+        **attention,  # further arguments of LaSAttention: max_rate, window, pool, causal, spacing, method
     ):
         super().__init__()
         for name, value in dict(n_classes=n_classes, depth=depth, max_len=max_len).items():

@@ -35,12 +35,12 @@ def test_training_is_deterministic_by_seed():
 
 
 def test_every_model_can_learn_by_heart():
-    "Forty epochs on 64 digits: a loop or model with a bug does not get there."
+    "A hundred steps on 16 digits: a loop or model with a bug does not get there."
     for name in MODELS:
-        model, data = make_model(name), few()
-        history = fit(model, data, epochs=40, bar=NoBar())
-        assert history["loss"][-1] < .5 * history["loss"][0]
-        assert accuracy(model, data["x_train"], data["y_train"]) > 60, name
+        model, data = make_model(name), few(16)
+        history = fit(model, data, epochs=100, bar=NoBar())
+        assert history["loss"][-1] < .3 * history["loss"][0], name
+        assert accuracy(model, data["x_train"], data["y_train"]) > 80, name
 
 
 def test_the_four_models_differ_in_nothing_but_what_they_should():
@@ -80,7 +80,16 @@ def test_ctrl_c_ends_the_command_and_its_workers(tmp_path):
     os.killpg(p.pid, signal.SIGINT)
     _, err = p.communicate(timeout=30)
     assert p.returncode == 2 and "stopped" in err and not (tmp_path / "digits.json").exists()
-    assert subprocess.run(["pgrep", "-g", str(p.pid)], capture_output=True).returncode == 1  # nobody left
+    for _ in range(50):  # Python's own resource tracker may take a moment
+        if not group_lives(p.pid): break
+        time.sleep(.2)
+    else: pytest.fail("a process outlived the command")
+
+
+def group_lives(group):
+    try: os.killpg(group, 0)
+    except ProcessLookupError: return False
+    return True
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):

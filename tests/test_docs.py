@@ -94,6 +94,13 @@ def test_links_lead_somewhere(site, path):
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
+def test_code_holds_no_markdown_links(site, path):
+    "nbdev links backticked names, in comments of signatures too, where nothing renders them."
+    text = (site / html_name(path.stem)).read_text(encoding="utf-8")
+    for block in re.findall(r"<pre.*?</pre>", text, re.S): assert "](http" not in re.sub("<[^>]+>", "", block)
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
 def test_figures_have_words_and_a_white_ground(site, path):
     for cell in pages.cells(path):
         png = [o["data"]["image/png"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
