@@ -50,7 +50,7 @@ def check_qkv(
     "Raise `ValueError` unless `q`, `k` and `v` belong together."
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim < 2 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1] or 0 in q.shape:
-        raise ValueError(f"q, k and v must share the shape (..., L, D) with L, D >= 1; {shapes}")
+        raise ValueError(f"q, k and v must share the shape (..., L, D) with no axis empty; {shapes}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
 

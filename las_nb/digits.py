@@ -206,12 +206,12 @@ def plot_curves(
 ):
     "Test accuracy by epoch: mean over seeds, band from worst to best."
     for i, name in enumerate(MODELS):
-        curves = torch.tensor([r["curve"]["test"] for r in runs if r["name"] == name])
+        curves = torch.tensor([r["curve"]["test"] for r in runs if r["name"] == name]).numpy()  # (seeds, epochs)
         if not len(curves): continue
         epochs = range(1, curves.shape[1] + 1)
         style = dict(color=f"C{i // 2}", ls="--" if i % 2 else "-")
         ax.plot(epochs, curves.mean(0), label=name, **style)
-        ax.fill_between(epochs, curves.amin(0), curves.amax(0), color=style["color"], alpha=.15, lw=0)
+        ax.fill_between(epochs, curves.min(0), curves.max(0), color=style["color"], alpha=.15, lw=0)
     ax.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100)); ax.grid(alpha=.3); ax.legend(loc="lower right")
 
 # %% ../nbs/07_digits.ipynb #c9ac03b2
@@ -228,9 +228,9 @@ def plot_maps(
         for block in model.blocks[:layer]: h = block(h)
         block = model.blocks[layer]
         weights = block.attention.weights(block.norm1(h))[0]  # (H, 64, 64)
-        row[0].imshow(x.view(8, 8), cmap="gray_r"); row[0].set(title=name, xticks=[], yticks=[])
+        row[0].imshow(x.view(8, 8).numpy(), cmap="gray_r"); row[0].set(title=name, xticks=[], yticks=[])
         for i, (ax, w) in enumerate(zip(row[1:], weights)):
-            ax.imshow(w.sqrt(), cmap="cividis"); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.attention.rates[i]:.3g}", xlabel="key")
+            ax.imshow(w.sqrt().numpy(), cmap="cividis"); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.attention.rates[i]:.3g}", xlabel="key")
         row[1].set_ylabel("query")
 
 # %% ../nbs/07_digits.ipynb #6b789bad

@@ -86,6 +86,6 @@ def decay_rate(
 # %% ../nbs/02_kernels.ipynb #13dbd147
 def roughness(
     kernel: torch.Tensor,  # `(..., L)`
-) -> torch.Tensor:  # `(...)`; 0 = smooth, 1 = independent noise
-    "Root mean squared difference of neighbours, relative to that of independent noise of the same size."
+) -> torch.Tensor:  # `(...)`; 0 = smooth, 1 = independent zero-mean noise
+    "Root mean squared difference of neighbours, relative to that of independent zero-mean noise of the same size."
     return (kernel.diff(dim=-1).square().mean(-1) / (2 * kernel.square().mean(-1))).sqrt()

@@ -34,7 +34,7 @@ def las_weights(
     e, L = decayed_scores(q, k, rates), q.shape[-2]  # (B, H, L, L)
     mask = causal_mask(L, q.device) if causal else None
     if lengths is not None:
-        keys = key_mask(lengths, L)[:, None, None]  # (B, 1, 1, L)
+        keys = key_mask(lengths, q.shape[0], L, q.device)[:, None, None]  # (B, 1, 1, L)
         mask = keys if mask is None else mask & keys
     if pool == "scores": return masked_softmax(smooth_scores(e, window, causal, lengths), mask)
     return smooth_weights(masked_softmax(e, mask), window, causal, lengths)
@@ -58,15 +58,14 @@ def las_attention(
     if q.ndim != 4: raise ValueError(f"q, k and v must have shape (B, H, L, D); got q {tuple(q.shape)}")
     check_qkv(q, k, v); check_rates(rates, q.shape[1]); window_sides(window); check_choice("method", method, METHODS)
     if lengths is not None:
-        if lengths.shape != q.shape[:1]: raise ValueError(f"lengths must have shape ({q.shape[0]},), one per sequence; got {tuple(lengths.shape)}")
-        padding = ~key_mask(lengths, q.shape[-2])[:, None, :, None]  # (B, 1, L, 1)
+        padding = ~key_mask(lengths, q.shape[0], q.shape[-2], q.device)[:, None, :, None]  # (B, 1, L, 1)
         q, k, v = (t.masked_fill(padding, 0) for t in (q, k, v))
     w = las_weights(q, k, rates, window, pool, causal, lengths)  # (B, H, L, L)
     return (w @ v.to(w.dtype)).to(v.dtype)  # (B, H, L, L) @ (B, H, L, D)
 
 # %% ../nbs/05_las.ipynb #b0636e77
 class LaSAttention(nn.Module):
-    """Multi-head local and smooth self-attention on `(B, L, dim)`; no trainable parameter more than plain attention.
+    """Multi-head local and smooth self-attention on `(B, L, dim)`; no more trainable parameters than plain attention.
 
     Raises `ValueError` when `dim` is no multiple of `n_heads` and for values that `las_attention` or `decay_rates` refuse."""
     def __init__(
@@ -89,10 +88,18 @@ class LaSAttention(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.register_buffer("rates", rates, persistent=False)
 
-    def heads(self, x):
-        "Queries, keys and values of `x`, each `(B, H, L, D)`."
+    def _apply(self, fn, *args, **kwargs):
+        "Moves and casts the layer; the rates keep their precision, for rounded rates are other rates."
+        rates = self.rates
+        super()._apply(fn, *args, **kwargs)
+        self.rates = rates.to(self.rates.device)
+        return self
+
+    def heads(self, x, lengths=None):
+        "Queries, keys and values of `x` with its padding cleared, each `(B, H, L, D)`."
         if x.ndim != 3 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(f"x must have shape (B, L, {self.qkv.in_features}); got {tuple(x.shape)}")
+        if lengths is not None: x = x.masked_fill(~key_mask(lengths, *x.shape[:2], x.device)[..., None], 0)
         return [split_heads(t, self.n_heads) for t in self.qkv(x).chunk(3, -1)]  # (B, L, 3 * dim) -> 3 x (B, H, L, D)
 
     def forward(
@@ -100,7 +107,7 @@ class LaSAttention(nn.Module):
         x: torch.Tensor,  # `(B, L, dim)`
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
-        o = las_attention(*self.heads(x), self.rates, self.window, self.pool, self.causal, lengths, self.method)
+        o = las_attention(*self.heads(x, lengths), self.rates, self.window, self.pool, self.causal, lengths, self.method)
         return self.out(merge_heads(o))
 
     def weights(
@@ -109,7 +116,7 @@ class LaSAttention(nn.Module):
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, H, L, L)`
         "The attention matrices of `x`, for looking at."
-        q, k, _ = self.heads(x)
+        q, k, _ = self.heads(x, lengths)
         return las_weights(q, k, self.rates, self.window, self.pool, self.causal, lengths)
 
     def extra_repr(self):

@@ -30,11 +30,11 @@ def decay_rates(
     Source: Zimerman and Wolf (2023), arXiv 2311.16620, "exponential-uniformly in [0, B]"."""
     if not isinstance(n_heads, int) or n_heads < 1: raise ValueError(f"n_heads must be a whole number >= 1; got {n_heads!r}")
     if not 0 <= max_rate < math.inf: raise ValueError(f"max_rate must be >= 0 and finite; got {max_rate!r}")
-    if spacing == "uniform": return torch.linspace(1, math.exp(-max_rate), n_heads).log().abs()
-    if spacing != "geometric": raise ValueError(f"spacing must be 'geometric' or 'uniform'; got {spacing!r}")
-    rates = max_rate * 2. ** torch.arange(1 - n_heads, 1)  # ..., max_rate / 2, max_rate
-    rates[0] = 0
-    return rates
+    if spacing == "geometric": rates = max_rate * 2. ** torch.arange(1 - n_heads, 1, dtype=torch.float64)  # ..., max_rate / 2, max_rate
+    elif spacing == "uniform": rates = -torch.log1p(-torch.linspace(0, -math.expm1(-max_rate), n_heads, dtype=torch.float64))
+    else: raise ValueError(f"spacing must be 'geometric' or 'uniform'; got {spacing!r}")
+    rates[-1] = max_rate; rates[0] = 0  # exact at both ends
+    return rates.to(torch.get_default_dtype())
 
 # %% ../nbs/03_locality.ipynb #a0adc736
 def check_rates(
@@ -71,4 +71,4 @@ def decayed_scores(
 ) -> torch.Tensor:  # `(B, H, L, L)`, float32 at least
     "ELD: scaled dot products times the locality kernel, `e_ij = m_ij s_ij`."
     s = attention_scores(q, k)  # (B, H, L, L)
-    return s * locality_kernel(rates.to(s), s.shape[-1])  # (B, H, L, L) * (H, L, L)
+    return s * locality_kernel(rates.to(s.device, torch.promote_types(s.dtype, torch.float32)), s.shape[-1])  # (B, H, L, L) * (H, L, L)

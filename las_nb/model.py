@@ -35,7 +35,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
         if lengths is None: return super().forward(x.flatten(0, 1)).view_as(x)  # (B, L, dim) -> (B * L, dim)
-        real = key_mask(lengths, x.shape[1])  # (B, L)
+        real = key_mask(lengths, *x.shape[:2], x.device)  # (B, L)
         y = super().forward(x[real])  # (number of real positions, dim)
         return torch.zeros_like(x, dtype=y.dtype).masked_scatter(real[..., None], y)
 
@@ -109,14 +109,12 @@ class LaSTransformer(nn.Module):
         self.norm = NORMS[norm](dim) if prenorm else None  # post-norm blocks end normalised
         self.head = nn.Linear(dim, n_classes)
 
-    def check(self, inputs, lengths):
-        "Raise `ValueError` unless inputs and lengths are what this model takes."
+    def check(self, inputs):
+        "Raise `ValueError` unless `inputs` are what this model takes."
         want = "(B, L) whole numbers" if self.in_features is None else f"(B, L, {self.in_features}) floating point"
         good = (inputs.ndim == 2 and not inputs.is_floating_point() and inputs.dtype != torch.bool if self.in_features is None
                 else inputs.ndim == 3 and inputs.shape[-1] == self.in_features and inputs.is_floating_point())
         if not good or inputs.shape[1] < 1: raise ValueError(f"inputs must be {want}, L >= 1; got {inputs.dtype} {tuple(inputs.shape)}")
-        if lengths is not None and lengths.shape != inputs.shape[:1]:
-            raise ValueError(f"lengths must have shape ({inputs.shape[0]},), one per sequence; got {tuple(lengths.shape)}")
         if self.positions == "learned" and inputs.shape[1] > len(self.position):
             raise ValueError(f"learned positions reach {len(self.position)} steps, the input has {inputs.shape[1]}; raise max_len")
         if self.vocab and inputs.device.type == "cpu" and inputs.numel() and not 0 <= inputs.min() <= inputs.max() < self.vocab:
@@ -128,9 +126,9 @@ class LaSTransformer(nn.Module):
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`; meaningless at padded positions
         "One vector per position, after the last norm."
-        self.check(inputs, lengths)
+        self.check(inputs)
         if lengths is not None:  # padding may hold anything
-            real = key_mask(lengths, inputs.shape[1])  # (B, L)
+            real = key_mask(lengths, *inputs.shape[:2], inputs.device)  # (B, L)
             inputs = inputs.masked_fill(~real.view(*real.shape, *[1] * (inputs.ndim - 2)), 0)
         x = self.embed(inputs)  # (B, L, dim)
         if self.positions == "sinusoidal": x = x + sinusoidal(x.shape[1], x.shape[2], x.device).to(x.dtype)
@@ -153,9 +151,9 @@ def pool_positions(
 ) -> torch.Tensor:  # `(B, dim)`
     "One vector per sequence."
     B, L, _ = x.shape
-    if lengths is None: lengths = torch.full((B,), L, device=x.device)
+    lengths = torch.full((B,), L, device=x.device) if lengths is None else lengths.to(x.device)
     if readout == "last": return x[torch.arange(B, device=x.device), lengths - 1]
-    real = key_mask(lengths, L)[..., None]  # (B, L, 1)
+    real = key_mask(lengths, B, L, x.device)[..., None]  # (B, L, 1)
     return x.masked_fill(~real, 0).sum(1) / lengths[:, None].to(x.dtype)  # (B, dim) / (B, 1)
 
 # %% ../nbs/06_model.ipynb #9a2eccc9

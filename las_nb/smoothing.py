@@ -45,7 +45,9 @@ def window_sum(
 # %% ../nbs/04_smoothing.ipynb #5467d624
 def key_mask(
     lengths: torch.Tensor,  # true lengths `(B,)`, whole numbers from 1 to L
+    B: int,  # number of sequences
     L: int,  # padded length
+    device=None,  # where the mask is used; by default where `lengths` lies
 ) -> torch.Tensor:  # boolean `(B, L)`, True = real token
     """Which positions of a right-padded batch are real.
 
@@ -53,16 +55,17 @@ def key_mask(
     make every call wait."""
     if lengths.ndim != 1 or lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"lengths must be whole numbers of shape (B,); got {lengths.dtype} {tuple(lengths.shape)}")
+    if len(lengths) != B: raise ValueError(f"lengths must have shape ({B},), one per sequence; got {tuple(lengths.shape)}")
     if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= L)).all()):
         raise ValueError(f"lengths must lie between 1 and {L}; got {lengths.tolist()}")
+    if device is not None: lengths = lengths.to(device)
     return torch.arange(L, device=lengths.device) < lengths[:, None]  # (L,) < (B, 1)
 
 # %% ../nbs/04_smoothing.ipynb #6b8d77c5
 def real_keys(x, lengths):
     "Ones where the keys on the last axis of `x` `(B, ..., L)` are real: `(L,)`, or `(B, 1, ..., L)` with `lengths`."
     if lengths is None: return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-    if lengths.shape != x.shape[:1]: raise ValueError(f"lengths must have shape ({x.shape[0]},), one per sequence; got {tuple(lengths.shape)}")
-    return key_mask(lengths, x.shape[-1]).view(len(lengths), *[1] * (x.ndim - 2), -1).to(x.dtype)
+    return key_mask(lengths, x.shape[0], x.shape[-1], x.device).view(x.shape[0], *[1] * (x.ndim - 2), -1).to(x.dtype)
 
 # %% ../nbs/04_smoothing.ipynb #3ad9cb6b
 def smooth_scores(
@@ -79,7 +82,7 @@ def smooth_scores(
     x = e.to(torch.promote_types(e.dtype, torch.float32))
     real = real_keys(x, lengths)
     n = window_sum(real, past, future).clamp_min(1)  # how many keys each window holds
-    if lengths is not None: x = x * real
+    if lengths is not None: x = x.masked_fill(real == 0, 0)  # padding may hold anything
     return (window_sum(x, past, future) / n).to(e.dtype)
 
 # %% ../nbs/04_smoothing.ipynb #ef69926d
@@ -97,6 +100,7 @@ def smooth_weights(
     x = a.to(torch.promote_types(a.dtype, torch.float32))
     real = real_keys(x, lengths)
     n = window_sum(real, past, future).clamp_min(1)
+    if lengths is not None: x = x.masked_fill(real == 0, 0)
     y = window_sum(x * (real / n), future, past)  # past and future change places: P, not P^T
     return (y if lengths is None else y * real).to(a.dtype)
 
@@ -114,18 +118,18 @@ def smooth_values(
 
 # %% ../nbs/04_smoothing.ipynb #33880262
 def smooth_keys(
-    k: torch.Tensor,  # keys `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(..., H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
     window: int,  # W
-) -> torch.Tensor:  # `(B, H, L, D)`
+) -> torch.Tensor:  # `(..., H, L, D)`
     """Causal key filter `k~_j = mean over t = 0 .. n_j - 1 of exp(-alpha t) k_{j-t}`, with `n_j = min(W, j + 1)`.
 
     Raises `ValueError` for a window below 1 or rates that are not `(H,)`."""
     past, _ = window_sides(window)
-    if k.ndim != 4: raise ValueError(f"k must have shape (B, H, L, D); got {tuple(k.shape)}")
-    check_rates(rates, k.shape[1])
+    if k.ndim < 3: raise ValueError(f"k must have shape (..., H, L, D); got {tuple(k.shape)}")
+    check_rates(rates, k.shape[-3])
     L, x = k.shape[-2], k.to(torch.promote_types(k.dtype, torch.float32))
     alpha, out = rates.to(x)[:, None, None], x  # (H, 1, 1)
     for t in range(1, min(past, L - 1) + 1): out = out + torch.exp(-alpha * t) * F.pad(x, (0, 0, t, -t))  # x, t steps later
     n = torch.arange(1, L + 1, device=x.device).clamp_max(window)  # n_j
-    return (out / n[:, None]).to(k.dtype)  # (B, H, L, D) / (L, 1)
+    return (out / n[:, None]).to(k.dtype)  # (..., H, L, D) / (L, 1)

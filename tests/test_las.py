@@ -176,3 +176,27 @@ def test_layer(dtype, pool):
     assert layer(x).dtype == dtype
     assert torch.equal(layer(x)[:, :6], layer(changed)[:, :6])
     with pytest.raises(ValueError, match="B, L, 16"): layer(x[0])
+
+
+def test_casting_keeps_the_rates():
+    layer = LaSAttention(16, max_rate=.3)
+    exact = layer.rates.clone()
+    assert torch.equal(layer.bfloat16().rates, exact) and torch.equal(layer.float().rates, exact)
+    assert layer.to("meta").rates.device.type == "meta"
+
+
+def test_nan_in_padding_reaches_no_gradient():
+    layer = LaSAttention(16, n_heads=4, causal=False)
+    x = torch.randn(2, 6, 16)
+    x[1, 3:] = math.nan
+    lengths = torch.tensor([6, 3])
+    layer(x, lengths)[1, :3].sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert layer.weights(x, lengths).isfinite().all()
+
+
+def test_rates_reach_both_ends_exactly():
+    for max_rate in (1e-8, 1e-3, .3, 5., 500.):
+        for spacing in ("geometric", "uniform"):
+            rates = decay_rates(8, max_rate, spacing)
+            assert rates[0] == 0 and rates[-1] == torch.tensor(max_rate) and rates.isfinite().all() and (rates.diff() >= 0).all()
