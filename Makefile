@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | column -t -s '|'
+	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
 
 .venv/ready: settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "las_nb needs Python >= 3.10; name one with: make PYTHON=python3.11"; exit 2; }
@@ -14,7 +14,7 @@ help:  ## this list
 train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a figure (about 4 minutes)
 	$(BIN)/las_digits
 
-test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 10 minutes)
+test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 6 minutes)
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest
 

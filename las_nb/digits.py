@@ -8,13 +8,14 @@ __all__ = ['MODELS', 'digits_data', 'accuracy', 'fit', 'make_model', 'save_weigh
            'main']
 
 # %% ../nbs/07_digits.ipynb #a34fad97
-import json, math, multiprocessing, os, signal, subprocess, sys, time
+import importlib.util, json, math, multiprocessing, os, signal, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import torch, torch.nn.functional as F
 import las_nb
 from fastcore.script import call_parse
+from .las import check_choice
 from .model import LaSTransformer, count_parameters
 
 # %% ../nbs/07_digits.ipynb #37bc2a34
@@ -54,11 +55,13 @@ def fit(
 ) -> dict:  # lists `loss` (mean over the epoch) and `test` (accuracy, percent), one entry per epoch
     "AdamW, one-cycle schedule, clipping, cross-entropy: the loop of the digits chapter."
     steps = epochs * math.ceil(len(data["x_train"]) / batch_size)
-    if bar is None:
+    own = bar is None
+    if own:
         from tqdm import tqdm
         bar = tqdm(total=steps, unit="batch", mininterval=1)
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1, cycle_momentum=False)
+    warmup = .1 if steps >= 20 else .3  # share of the steps; the shortest runs need more of them
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=warmup, cycle_momentum=False)
     order, history = torch.Generator().manual_seed(seed), dict(loss=[], test=[])
     for epoch in range(epochs):
         model.train(); total = 0.
@@ -71,6 +74,7 @@ def fit(
         history["loss"].append(total / len(data["x_train"]))
         history["test"].append(accuracy(model, data["x_test"], data["y_test"]))
         bar.set_postfix(loss=f"{history['loss'][-1]:.2f}", test=f"{history['test'][-1]:.1f}%")
+    if own: bar.close()
     return history
 
 # %% ../nbs/07_digits.ipynb #ae4afa8c
@@ -81,7 +85,10 @@ def make_model(
     name: str,  # a key of `MODELS`
     seed: int = 0,  # of the initial weights
 ) -> LaSTransformer:  # 4 blocks of width 48 with 4 heads
-    "One of the four models of the comparison; the same seed gives all four the same initial weights."
+    """One of the four models of the comparison; the same seed gives all four the same initial weights.
+
+    Raises `ValueError` for another name."""
+    check_choice("name", name, tuple(MODELS))
     torch.manual_seed(seed)
     return LaSTransformer(n_classes=10, dim=48, depth=4, n_heads=4, in_features=1, **MODELS[name])
 
@@ -102,6 +109,7 @@ def load_weights(
     "The model of a weights file, with its weights."
     from safetensors import safe_open
     with safe_open(path, "pt") as f:
+        if "model" not in (f.metadata() or {}): raise ValueError(f"{path} does not say which model it belongs to; save it with save_weights")
         model = make_model(f.metadata()["model"])
         model.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
     return model.eval()
@@ -109,7 +117,7 @@ def load_weights(
 # %% ../nbs/07_digits.ipynb #8f8eea50
 def replace_file(
     path: Path,  # target file; its folder is made
-    content: bytes,  # what it shall hold
+    content: bytes,  # its new content
 ):
     "Write a file aside and rename it: readers see the old content or the new, never half of it."
     path = Path(path)
@@ -154,10 +162,14 @@ def compare(
     out: str | Path = "runs/digits",  # folder for weights
     progress: bool = True,  # draw progress bars?
 ) -> list[dict]:  # one record per run
-    "Train the four models of `MODELS`, `jobs` at a time, with a progress bar each."
+    """Train the four models of `MODELS`, `jobs` at a time, with a progress bar each.
+
+    Workers start by importing the calling script again: there, call it under `if __name__ == "__main__":`."""
     from tqdm import tqdm
     keys = [(name, seed) for seed in seeds for name in MODELS]
-    ctx, bars, threads = multiprocessing.get_context("spawn"), {}, max(1, (os.cpu_count() or 1) // jobs)
+    ctx, bars, before = multiprocessing.get_context("spawn"), {}, multiprocessing.active_children()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(4, max(1, cores // jobs))  # more threads make so small a model slower
     look = dict(total=epochs * math.ceil(len(digits_data()["x_train"]) / 32), unit="batch", disable=not progress, mininterval=1 if sys.stderr.isatty() else 30)
     with ctx.Manager() as manager, ProcessPoolExecutor(jobs, ctx, start_worker, (threads,)) as pool:
         queue = manager.Queue()
@@ -173,7 +185,7 @@ def compare(
             return [f.result() for f in futures]
         except BaseException:  # a run failed, a worker died, or Ctrl-C: end the others as well
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children(): child.terminate()
+            for child in set(multiprocessing.active_children()) - set(before): child.terminate()
             raise
         finally:
             for bar in bars.values(): bar.close()
@@ -181,8 +193,10 @@ def compare(
 # %% ../nbs/07_digits.ipynb #a2b0ccfb
 def commit_id() -> str:  # short hash, with "-dirty" when files differ from it; "unknown" outside git
     "The commit of the code that runs."
-    git = ["git", "-C", str(Path(las_nb.__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try: return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args): return subprocess.run(["git", *args], cwd=Path(las_nb.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie inside somebody else's repository
+        return git("describe", "--always", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError): return "unknown"
 
 # %% ../nbs/07_digits.ipynb #cfeb1183
@@ -224,10 +238,10 @@ def plot_maps(
 ):
     "The digit, and the attention matrices of one block of every model on it."
     for row, (name, model) in zip(axs, models.items()):
-        h = model.eval().embed(x[None])  # (1, 64, dim)
+        h = model.eval().embedded(x[None])  # (1, 64, dim)
         for block in model.blocks[:layer]: h = block(h)
         block = model.blocks[layer]
-        weights = block.attention.weights(block.norm1(h))[0]  # (H, 64, 64)
+        weights = block.attention.weights(block.norm1(h) if block.prenorm else h)[0]  # (H, 64, 64)
         row[0].imshow(x.view(8, 8).numpy(), cmap="gray_r"); row[0].set(title=name, xticks=[], yticks=[])
         for i, (ax, w) in enumerate(zip(row[1:], weights)):
             ax.imshow(w.sqrt().numpy(), cmap="cividis"); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.attention.rates[i]:.3g}", xlabel="key")
@@ -261,18 +275,21 @@ def main(
     try: numbers = tuple(dict.fromkeys(int(s) for s in seeds.split(",")))
     except ValueError: refuse(f"--seeds takes whole numbers separated by commas, such as 0,1,2; got {seeds!r}")
     if epochs < 1 or jobs < 1: refuse(f"--epochs and --jobs must be at least 1; got {epochs} and {jobs}")
+    for needed in ("sklearn", "safetensors", "tqdm", "matplotlib"):
+        if not importlib.util.find_spec(needed): refuse(f"{needed} is missing; install the extra: pip install 'las_nb[train]'")
     out = Path(out)
     try: replace_file(out / ".writable", b""); (out / ".writable").unlink()
     except OSError as e: refuse(f"cannot write to {out}: {e.strerror}; choose another folder with --out")
     start, commit = time.perf_counter(), commit_id()
-    try: runs = compare(epochs, numbers, jobs, out)
-    except KeyboardInterrupt: refuse(f"stopped; weights of the runs that had ended lie in {out}, results were not written")
+    try:
+        runs = compare(epochs, numbers, jobs, out)
+        results = dict(name="digits", task="digits", command=f"las_digits --epochs {epochs} --seeds {','.join(map(str, numbers))} --jobs {jobs}",
+                       commit=commit, device="cpu", cores=os.cpu_count(), torch=torch.__version__,
+                       seconds=round(time.perf_counter() - start, 1), finished=time.strftime("%Y-%m-%d"), runs=runs)
+        replace_file(out / "digits.json", json.dumps(results, indent=1).encode())
+        first = {r["name"]: load_weights(out / r["weights"]) for r in runs if r["seed"] == numbers[0]}
+        plot_summary(runs, {name: first[name] for name in ("plain", "LaS")}, out / "digits.png")
+    except KeyboardInterrupt: refuse(f"stopped; weights of the runs that had ended lie in {out}")
     except BrokenProcessPool: refuse("a training process was killed, perhaps for want of memory; try --jobs 1")
-    except OSError as e: refuse(f"cannot write to {out}: {e.strerror}; free some space or choose another folder with --out")
-    results = dict(name="digits", task="digits", command=f"las_digits --epochs {epochs} --seeds {','.join(map(str, numbers))} --jobs {jobs}",
-                   commit=commit, device="cpu", cores=os.cpu_count(), torch=torch.__version__,
-                   seconds=round(time.perf_counter() - start, 1), finished=time.strftime("%Y-%m-%d"), runs=runs)
-    replace_file(out / "digits.json", json.dumps(results, indent=1).encode())
-    first = {r["name"]: load_weights(out / r["weights"]) for r in runs if r["seed"] == numbers[0]}
-    plot_summary(runs, {name: first[name] for name in ("plain", "LaS")}, out / "digits.png")
+    except OSError as e: refuse(f"{e.strerror or e} while writing to {out}; free some space or choose another folder with --out")
     print(f"\n{table(runs)}\n\nresults {out / 'digits.json'}\nfigure  {out / 'digits.png'}\nweights {out}/*.safetensors")

@@ -17,11 +17,13 @@ def sinusoidal(
     L: int,  # sequence length
     dim: int,  # width
     device=None,  # where to make it
+    dtype=torch.float32,  # of the result
 ) -> torch.Tensor:  # `(L, dim)`, sines and cosines in turn
     "Sinusoidal position embedding (Vaswani et al. 2017, section 3.5)."
-    speed = torch.exp(-math.log(10_000) * torch.arange(0, dim, 2, device=device) / dim)  # (ceil(dim / 2),)
-    angle = torch.arange(L, device=device)[:, None] * speed  # (L, ceil(dim / 2))
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]  # (L, dim / 2, 2) -> (L, dim)
+    wide = dict(device=device, dtype=torch.promote_types(dtype, torch.float32))
+    speed = torch.exp(-math.log(10_000) * torch.arange(0, dim, 2, **wide) / dim)  # (ceil(dim / 2),)
+    angle = torch.arange(L, **wide)[:, None] * speed  # (L, ceil(dim / 2))
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim].to(dtype)  # (L, dim / 2, 2) -> (L, dim)
 
 # %% ../nbs/06_model.ipynb #9e2a4349
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -95,7 +97,9 @@ class LaSTransformer(nn.Module):
         **attention,  # further arguments of LaSAttention: max_rate, window, pool, causal, spacing, method
     ):
         super().__init__()
-        for name, value in dict(n_classes=n_classes, depth=depth, max_len=max_len).items():
+        sizes = dict(n_classes=n_classes, dim=dim, depth=depth, max_len=max_len, vocab=vocab, in_features=in_features)
+        for name, value in sizes.items():
+            if value is None and name in ("vocab", "in_features"): continue
             if not isinstance(value, int) or value < 1: raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
         if (vocab is None) == (in_features is None):
             raise ValueError(f"give either vocab (tokens) or in_features (values); got vocab={vocab!r}, in_features={in_features!r}")
@@ -117,8 +121,25 @@ class LaSTransformer(nn.Module):
         if not good or inputs.shape[1] < 1: raise ValueError(f"inputs must be {want}, L >= 1; got {inputs.dtype} {tuple(inputs.shape)}")
         if self.positions == "learned" and inputs.shape[1] > len(self.position):
             raise ValueError(f"learned positions reach {len(self.position)} steps, the input has {inputs.shape[1]}; raise max_len")
-        if self.vocab and inputs.device.type == "cpu" and inputs.numel() and not 0 <= inputs.min() <= inputs.max() < self.vocab:
-            raise ValueError(f"tokens must lie between 0 and {self.vocab - 1}; got {inputs.min()} to {inputs.max()}")
+
+    def embedded(
+        self,
+        inputs: torch.Tensor,  # tokens `(B, L)` or values `(B, L, in_features)`
+        lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
+    ) -> torch.Tensor:  # `(B, L, dim)`
+        "What enters the first block: the embedding, with positions if the model has them."
+        self.check(inputs)
+        if lengths is not None:  # padding may hold anything
+            real = key_mask(lengths, *inputs.shape[:2], inputs.device)  # (B, L)
+            inputs = inputs.masked_fill(~real.view(*real.shape, *[1] * (inputs.ndim - 2)), 0)
+        if self.vocab:
+            inputs = inputs.long()
+            if inputs.device.type == "cpu" and inputs.numel() and not 0 <= inputs.min() <= inputs.max() < self.vocab:
+                raise ValueError(f"tokens must lie between 0 and {self.vocab - 1}; got {inputs.min()} to {inputs.max()}")
+        x = self.embed(inputs)  # (B, L, dim)
+        if self.positions == "sinusoidal": x = x + sinusoidal(x.shape[1], x.shape[2], x.device, x.dtype)
+        if self.positions == "learned": x = x + self.position[:x.shape[1]]
+        return x
 
     def features(
         self,
@@ -126,13 +147,7 @@ class LaSTransformer(nn.Module):
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`; meaningless at padded positions
         "One vector per position, after the last norm."
-        self.check(inputs)
-        if lengths is not None:  # padding may hold anything
-            real = key_mask(lengths, *inputs.shape[:2], inputs.device)  # (B, L)
-            inputs = inputs.masked_fill(~real.view(*real.shape, *[1] * (inputs.ndim - 2)), 0)
-        x = self.embed(inputs)  # (B, L, dim)
-        if self.positions == "sinusoidal": x = x + sinusoidal(x.shape[1], x.shape[2], x.device).to(x.dtype)
-        if self.positions == "learned": x = x + self.position[:x.shape[1]]
+        x = self.embedded(inputs, lengths)
         for block in self.blocks: x = block(x, lengths)
         return x if self.norm is None else self.norm(x, lengths)
 
@@ -151,10 +166,11 @@ def pool_positions(
 ) -> torch.Tensor:  # `(B, dim)`
     "One vector per sequence."
     B, L, _ = x.shape
-    lengths = torch.full((B,), L, device=x.device) if lengths is None else lengths.to(x.device)
+    lengths = torch.full((B,), L, device=x.device) if lengths is None else lengths.to(x.device).long()
     if readout == "last": return x[torch.arange(B, device=x.device), lengths - 1]
     real = key_mask(lengths, B, L, x.device)[..., None]  # (B, L, 1)
-    return x.masked_fill(~real, 0).sum(1) / lengths[:, None].to(x.dtype)  # (B, dim) / (B, 1)
+    wide = torch.promote_types(x.dtype, torch.float32)  # a half-precision sum over thousands of positions may overflow
+    return (x.masked_fill(~real, 0).sum(1, dtype=wide) / lengths[:, None]).to(x.dtype)  # (B, dim) / (B, 1)
 
 # %% ../nbs/06_model.ipynb #9a2eccc9
 def count_parameters(

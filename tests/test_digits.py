@@ -2,7 +2,7 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from pages import NBS
-from las_nb.digits import MODELS, accuracy, compare, digits_data, fit, load_weights, make_model, plot_summary, replace_file, table
+from las_nb.digits import MODELS, accuracy, compare, digits_data, fit, load_weights, make_model, plot_maps, plot_summary, replace_file, table
 
 COMMAND = str(Path(sys.executable).with_name("las_digits"))
 RESULTS = json.loads((NBS / "results" / "digits.json").read_text())
@@ -76,10 +76,11 @@ def test_bad_calls_end_with_one_line_and_code_2(args, says):
 
 def test_ctrl_c_ends_the_command_and_its_workers(tmp_path):
     p = subprocess.Popen([COMMAND, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    time.sleep(12)
+    seen = ""
+    while "seed 0" not in seen: seen += (c := p.stderr.read(1)); assert c, seen  # the first bar: training has begun
     os.killpg(p.pid, signal.SIGINT)
     _, err = p.communicate(timeout=30)
-    assert p.returncode == 2 and "stopped" in err and not (tmp_path / "digits.json").exists()
+    assert p.returncode == 2 and "stopped" in err and "Traceback" not in seen + err and not (tmp_path / "digits.json").exists()
     for _ in range(50):  # Python's own resource tracker may take a moment
         if not group_lives(p.pid): break
         time.sleep(.2)
@@ -117,3 +118,18 @@ def test_summary_figure_is_drawn_without_a_display(tmp_path):
     models = {name: make_model(name) for name in ("plain", "LaS")}
     plot_summary(RESULTS["runs"], models, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 20_000
+
+
+def test_shortest_runs_have_a_schedule():
+    for epochs in (1, 5): fit(make_model("plain"), few(64), epochs=epochs, bar=NoBar())  # 2 and 10 steps
+
+
+def test_maps_of_a_model_with_positions_are_its_own():
+    from matplotlib.figure import Figure
+    model, x = make_model("LaS + positions"), digits_data()["x_test"][0]
+    axs = Figure().subplots(1, 5, squeeze=False)
+    plot_maps({"LaS + positions": model}, x, axs)
+    block = model.blocks[0]
+    want = block.attention.weights(block.norm1(model.embedded(x[None])))[0, 3].detach().sqrt()
+    assert torch.allclose(torch.tensor(axs[0, 4].images[0].get_array()), want)
+    with pytest.raises(ValueError, match="'plain'"): make_model("las")

@@ -1,15 +1,15 @@
 import itertools
 import pytest, torch
 from las_nb.las import LaSAttention
-from las_nb.model import LaSTransformer, count_parameters
+from las_nb.model import LaSTransformer, count_parameters, pool_positions
 
 GRID = list(itertools.product(["layer", "batch"], [True, False], ["scores", "weights"], [None, "sinusoidal", "learned"]))
 
 
 def make(norm="layer", prenorm=True, pool="scores", positions=None, **kw):
     torch.manual_seed(0)
-    kw = dict(vocab=11) | kw
-    return LaSTransformer(3, 16, 2, n_heads=4, norm=norm, prenorm=prenorm, pool=pool, positions=positions, **kw).double()
+    kw = dict(vocab=11, dim=16) | kw
+    return LaSTransformer(3, depth=2, n_heads=4, norm=norm, prenorm=prenorm, pool=pool, positions=positions, **kw).double()
 
 
 def train_a_little(model):
@@ -79,7 +79,7 @@ def test_plain_corner_is_torchs_transformer(positions):
             "linear2.weight": block.feedforward[2].weight, "linear2.bias": block.feedforward[2].bias,
             "norm1.weight": block.norm1.weight, "norm1.bias": block.norm1.bias, "norm2.weight": block.norm2.weight, "norm2.bias": block.norm2.bias})
         h = layer(h, src_mask=mask)
-    torch.testing.assert_close(model.features(x), model.norm(h), rtol=0, atol=1e-5 if positions else 1e-10)
+    torch.testing.assert_close(model.features(x), model.norm(h), rtol=0, atol=1e-10)
 
 
 def test_las_and_plain_share_names_and_shapes():
@@ -118,6 +118,7 @@ def test_autocast_and_compile_free_backward():
 
 
 @pytest.mark.parametrize("kw, says", [
+    (dict(vocab=0), "vocab must be"), (dict(dim=-16), "dim must be"), (dict(vocab=2.5), "vocab must be"),
     (dict(vocab=None), "either vocab"), (dict(in_features=1), "either vocab"), (dict(norm="rms"), "norm must be"),
     (dict(readout="max"), "readout must be"), (dict(positions="rotary"), "positions must be"), (dict(max_len=0), "max_len")])
 def test_bad_models_are_explained(kw, says):
@@ -135,3 +136,21 @@ def test_bad_inputs_are_explained(inputs, lengths, says):
 
 def test_learned_positions_say_when_the_table_ends():
     with pytest.raises(ValueError, match="raise max_len"): make(positions="learned", max_len=8)(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("readout", ["mean", "last"])
+def test_any_integer_dtype(dtype, readout):
+    model, x, lengths = make(readout=readout).eval(), torch.randint(11, (2, 9)), torch.tensor([9, 4])
+    assert torch.equal(model(x.to(dtype), lengths.to(dtype)), model(x, lengths))
+
+
+def test_padding_may_hold_impossible_tokens():
+    model, x = make().eval(), torch.randint(11, (2, 9))
+    y = x.clone(); y[1, 4:] = -100
+    assert torch.equal(model(y, torch.tensor([9, 4])), model(x, torch.tensor([9, 4])))
+
+
+def test_half_precision_mean_does_not_overflow():
+    x = torch.full((1, 70_000, 1), 5., dtype=torch.float16)
+    assert pool_positions(x).item() == 5

@@ -86,3 +86,13 @@ def test_docs_without_quarto_say_where_to_get_it():
     if shutil.which("quarto", path=path): pytest.skip("Quarto is here")
     done = subprocess.run(["make", "docs"], cwd=ROOT, capture_output=True, text=True, env={"PATH": path})
     assert done.returncode != 0 and "quarto.org" in done.stdout + done.stderr
+
+
+def test_sdist_holds_what_setup_reads(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "_proc", "runs", "build", "*.egg-info", "nbs"), symlinks=True)
+    code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = subprocess.run(["tar", "tzf", next((source / "dist").glob("*.tar.gz"))], capture_output=True, text=True).stdout
+    assert "/settings.ini" in names
