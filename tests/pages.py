@@ -1,7 +1,7 @@
 """The site without Quarto: what `make sync` rewrites and what the docs checks read.
 
-Run as a program it copies the repository's owner from settings.ini into badges and links, and makes README.md
-from nbs/index.ipynb."""
+Run as a program it joins printed outputs, copies the repository's owner from settings.ini into badges and links,
+and makes README.md from nbs/index.ipynb."""
 import json, re, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -55,10 +55,24 @@ def readme():
     return re.sub(r"\]\((?!https?:|#)", "](nbs/", text)
 
 
+def joined(text):
+    "A notebook in which what a cell printed in pieces is one output."
+    nb = json.loads(text)
+    for cell in nb["cells"]:
+        outputs = []
+        for o in cell.get("outputs", []):
+            last = outputs[-1] if outputs else {}
+            if o["output_type"] == last.get("output_type") == "stream" and o["name"] == last["name"]: last["text"] += o["text"]
+            else: outputs.append(o)
+        if "outputs" in cell: cell["outputs"] = outputs
+    return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
 def main():
     for path in [*notebooks(), ROOT / "CONTRIBUTING.md"]:
         old = path.read_text(encoding="utf-8")
-        if (new := with_owner(old)) != old: path.write_text(new, encoding="utf-8"); print(f"links: {path.relative_to(ROOT)}")
+        new = with_owner(joined(old) if path.suffix == ".ipynb" else old)
+        if new != old: path.write_text(new, encoding="utf-8"); print(f"tidied {path.relative_to(ROOT)}")
     target = ROOT / "README.md"
     if (text := readme()) != target.read_text(encoding="utf-8"): target.write_text(text, encoding="utf-8"); print("made README.md")
 
