@@ -34,7 +34,8 @@ docs: .venv/ready  ## render the site into _docs (needs Quarto)
 results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 11 minutes)
 	$(BIN)/las_digits --seeds 0,1,2 --out runs/results
 	cp runs/results/digits.json runs/results/digits.png nbs/results/
-	cp runs/results/plain-seed0.safetensors nbs/results/digits-plain.safetensors
-	cp runs/results/las-seed0.safetensors nbs/results/digits-las.safetensors
+	mkdir -p nbs/results/digits-plain nbs/results/digits-las
+	cp runs/results/plain-seed0/* nbs/results/digits-plain/
+	cp runs/results/las-seed0/* nbs/results/digits-las/
 
 .PHONY: help train test lab sync docs results

@@ -10,7 +10,7 @@ setup(
     author=s["author"], author_email=s["author_email"], packages=[s["lib_name"]],
     project_urls={"Source": s["git_url"], "Documentation": s["doc_host"] + s["doc_baseurl"]},
     install_requires=s["requirements"].split(),
-    extras_require={"train": train, "dev": train + s["dev_requirements"].split()},
+    extras_require={"train": train, "hub": s["hub_requirements"].split(), "dev": train + s["dev_requirements"].split()},
     entry_points={"console_scripts": s["console_scripts"].split(),
                   "nbdev": [f"{s['lib_name']}={s['lib_name']}._modidx:d"]},
 )

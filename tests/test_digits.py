@@ -2,7 +2,8 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from pages import NBS
-from las_nb.digits import MODELS, accuracy, compare, digits_data, fit, load_weights, make_model, plot_maps, plot_summary, replace_file, table
+from las_nb.digits import MODELS, accuracy, compare, digits_data, fit, make_model, plot_maps, plot_summary, table
+from las_nb.model import LaSTransformer, replace_file
 
 COMMAND = str(Path(sys.executable).with_name("las_digits"))
 RESULTS = json.loads((NBS / "results" / "digits.json").read_text())
@@ -58,7 +59,7 @@ def test_command_end_to_end(tmp_path):
     for key in ("name", "task", "command", "commit", "device", "torch", "seconds", "finished"): assert results[key]
     for r in results["runs"]:
         assert len(r["curve"]["test"]) == len(r["curve"]["loss"]) == r["epochs"] == 1
-        data, model = digits_data(), load_weights(out / r["weights"])
+        data, model = digits_data(), LaSTransformer.from_pretrained(out / r["weights"])
         assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(r["test"], abs=.5)
     assert (out / "digits.png").read_bytes()[:4] == b"\x89PNG"
     assert table(results["runs"]) in done.stdout and "digits.png" in done.stdout
@@ -110,7 +111,7 @@ def test_stored_results_say_what_the_page_says():
     assert abs(mean["LaS + positions"] - mean["plain + positions"]) < 3
     assert re.fullmatch(r"[0-9a-f]{7,}", RESULTS["commit"]), "results come from a committed state"
     for name, f in {"plain": "digits-plain", "LaS": "digits-las"}.items():
-        data, model = digits_data(), load_weights(NBS / "results" / f"{f}.safetensors")
+        data, model = digits_data(), LaSTransformer.from_pretrained(NBS / "results" / f)
         assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(by[name][0]["test"], abs=.5)
 
 
