@@ -57,13 +57,14 @@ def mnist_file(
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as aside:
                 for mirror in MNIST.mirrors:
-                    try: download_url(mirror + name, aside, name, md5); break
-                    except (OSError, RuntimeError) as e: problem = problem or e
-                os.replace(Path(aside) / name, path)
-        except OSError as e:
-            problem = problem or e
+                    try:
+                        download_url(mirror + name, aside, name, md5)  # raises RuntimeError for a wrong MD5
+                        os.replace(Path(aside) / name, path); break
+                    except (OSError, RuntimeError) as e: problem = e
+        except OSError as e: problem = e
+        if not path.exists():
             why = str(getattr(problem, "reason", None) or getattr(problem, "strerror", None) or problem).splitlines()[0]
-            raise DataError(f"cannot get {name} into {path.parent} ({why}); put MNIST's four .gz files there or name a folder that has MNIST/raw with --root or LAS_NB_DATA") from None
+            raise DataError(f"cannot get {name} into {path.parent} ({why}); put MNIST's four .gz files there or name a folder that has MNIST/raw with --root or LAS_NB_DATA")
     if not check_integrity(str(path), md5): raise DataError(f"{path} is damaged (its MD5 is not {md5}); delete it and it will be downloaded again")
     return path
 

@@ -275,6 +275,8 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             replace_file(self.out / ".writable", b""); (self.out / ".writable").unlink()
             self.lock = FileLock(self.out / ".lock", timeout=0); self.lock.acquire()
+            for p in self.out.glob(".*"):  # what a run that was killed had begun to write
+                if p.name != ".lock": shutil.rmtree(p) if p.is_dir() else p.unlink()
         except Timeout: raise TrainingError(f"another process is training in {self.out}; wait for it or choose another folder with --out") from None
         except OSError as e: raise TrainingError(f"cannot write to {self.out} ({e.strerror}); choose another folder with --out") from None
 
@@ -365,7 +367,7 @@ def pause(self: Trainer, step: int):
     "Save when it is time; save and raise `Stopped` when the run must end."
     if self.world > 1 and step % 10: return  # asking the others takes time
     now = time.monotonic()
-    want = 2 if self.signal or now > (self.deadline or math.inf) else int(now - self.saved_at > 60 * self.save_minutes)
+    want = 2 if self.signal or self.deadline is not None and now > self.deadline else int(now - self.saved_at > 60 * self.save_minutes)
     if self.world > 1:
         from accelerate.utils import broadcast
         want = int(broadcast(torch.tensor([want], device=self.device)).item())
@@ -629,7 +631,7 @@ def experiments() -> dict:  # name -> arguments of `preset`
     kinds = [dict(model=model, positions=positions) for model in ("plain", "las") for positions in (None, "sinusoidal")]
     runs = [dict(task=task, seed=seed, **kind) for seed in range(3) for task in ("smnist", "pmnist") for kind in kinds]
     found = {run_name(preset(**r)): r for r in runs}
-    short = dict(limit=2000, dim=48, depth=2, epochs=5, batch_size=16, norm="layer")  # for a machine without a GPU
+    short = dict(limit=1500, dim=48, depth=2, epochs=4, batch_size=16, lr=4e-3)  # for a machine without a GPU
     found |= {run_name(preset(**r)).replace("smnist", "smnist-short", 1): r | short for r in runs if r["task"] == "smnist" and r["seed"] < 2}
     return found
 
@@ -678,7 +680,7 @@ def experiments_main(
     for name in names:
         state, _ = status(name, out, results)
         if state == "finished" or (state == "failed" and not only): continue
-        if deadline and time.monotonic() > deadline: break
+        if deadline is not None and time.monotonic() > deadline: break
         def call():
             record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline))
             replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())
