@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'digits_data', 'accuracy', 'fit', 'make_model', 'RemoteBar'
            'groups', 'table', 'plot_curves', 'plot_maps', 'plot_summary', 'refuse', 'main']
 
 # %% ../nbs/07_digits.ipynb #a34fad97
-import importlib.util, io, json, math, multiprocessing, os, signal, subprocess, sys, time
+import functools, importlib.util, io, json, math, multiprocessing, os, signal, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -154,6 +154,7 @@ def compare(
             for bar in bars.values(): bar.close()
 
 # %% ../nbs/07_digits.ipynb #a2b0ccfb
+@functools.cache  # the code that runs is that of the first call, whatever happens to the files later
 def commit_id() -> str:  # short hash, with "-dirty" when files differ from it; "unknown" outside git
     "The commit of the code that runs."
     def git(*args): return subprocess.run(["git", *args], cwd=Path(las_nb.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
