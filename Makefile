@@ -31,6 +31,9 @@ docs: .venv/ready  ## render the site into _docs (needs Quarto)
 	touch README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
 
+experiments: .venv/ready  ## make the runs of the sMNIST page that are missing; takes up what was cut (hours, on a GPU)
+	$(BIN)/las_experiments run
+
 results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 11 minutes)
 	$(BIN)/las_digits --seeds 0,1,2 --out runs/results
 	cp runs/results/digits.json runs/results/digits.png nbs/results/
@@ -38,4 +41,4 @@ results: .venv/ready  ## repeat the measurement of the digits page, three seeds 
 	cp runs/results/plain-seed0/* nbs/results/digits-plain/
 	cp runs/results/las-seed0/* nbs/results/digits-las/
 
-.PHONY: help train test lab sync docs results
+.PHONY: help train test lab sync docs experiments results

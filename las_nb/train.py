@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Recipe', 'preset', 'run_name', 'command_line', 'build', 'learning_rate', 'plateau_drops',
            'parameter_groups', 'share_loss', 'best_precision', 'TrainingError', 'checkpoints', 'save_checkpoint',
            'load_checkpoint', 'read_facts', 'verified', 'Stopped', 'Trainer', 'listening', 'draw_curves', 'train',
-           'stored_recipe', 'load_run', 'score', 'Parser', 'options_of', 'read_option', 'needs', 'train_main',
+           'stored_recipe', 'load_run', 'score', 'Parser', 'options_of', 'read_option', 'tidy', 'needs', 'train_main',
            'summary', 'guarded', 'eval_main', 'experiments', 'status', 'experiments_main']
 
 # %% ../nbs/09_train.ipynb #1d1df0f6
@@ -247,6 +247,7 @@ class Trainer:
             from accelerate import Accelerator
         check_choice("precision", precision, ("auto", "no", "bf16", "fp16"))
         self.recipe, self.out, self.save_minutes, self.deadline, self.progress = recipe, Path(out), save_minutes, deadline, progress
+        self.model = build(recipe)  # first: it refuses what does not fit
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=best_precision(cpu) if precision == "auto" else precision,
                                        log_with="tensorboard" if tensorboard else None, project_dir=str(out))
         self.device, self.world, self.rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
@@ -254,7 +255,6 @@ class Trainer:
         if self.rank == 0: self.claim()
         self.data = load_task(recipe.task, root, self.device, recipe.limit)
         self.steps = math.ceil(len(self.data["train"].labels) / recipe.batch_size)  # per epoch
-        self.model = build(recipe)  # before it is wrapped
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr)
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if compile: self.net = torch.compile(self.net)
@@ -376,7 +376,7 @@ def pause(self: Trainer, step: int):
 
 # %% ../nbs/09_train.ipynb #3c2e2589
 @patch
-def train_epoch(self: Trainer, bar):
+def train_epoch(self: Trainer, bar) -> tuple:  # as look
     "The steps of this epoch that are still to do."
     order = epoch_order(len(self.data["train"].labels), self.recipe.seed, self.epoch)
     self.net.train()
@@ -388,9 +388,12 @@ def train_epoch(self: Trainer, bar):
             seen, speed = min(self.step * self.recipe.batch_size, len(order)), (self.tokens + tokens) / (self.seconds + looked - start)
             bar.set_postfix_str(f"epoch {self.epoch + 1}, loss {loss / seen:.3f}, accuracy {100 * hits / seen:.1f} %, {speed:,.0f} tokens/s", refresh=False)
             if self.step % 10 == 0: self.log({"loss (nats)": loss / seen, "train accuracy (%)": 100 * hits / seen, "learning rate": self.rate(self.done - 1), "tokens/s": speed})
-        now = time.perf_counter(); self.seconds += now - start
+        self.seconds += time.perf_counter() - start
         self.pause(self.step)
         start = time.perf_counter()
+    sums = self.look()  # waits until a GPU is done
+    self.seconds += time.perf_counter() - start
+    return sums
 
 @patch
 @torch.no_grad()
@@ -401,7 +404,7 @@ def evaluate(self: Trainer, part: str) -> float:  # percent
     for i, batch in enumerate(batches(self.data[part], size, share=slice(self.rank, None, self.world))):
         with self.accelerator.autocast():
             if len(batch.labels): right += (net(batch.inputs, batch.lengths).argmax(-1) == batch.labels).sum()
-        self.pause(i + 1)
+        if (i + 1) * size < len(self.data[part].labels): self.pause(i + 1)
     return 100 * self.accelerator.gather(right[None]).sum().item() / len(self.data[part].labels)
 
 @patch
@@ -415,8 +418,7 @@ def run(self: Trainer) -> dict:  # the record: what results.json holds
     try:
         with listening(self), bar:
             while self.epoch < r.epochs:
-                self.train_epoch(bar)
-                loss, hits, tokens = self.look()
+                loss, hits, tokens = self.train_epoch(bar)
                 valid = self.evaluate("valid")
                 for key, value in dict(loss=loss / n, train=100 * hits / n, valid=valid).items(): self.curve[key].append(value)
                 self.log({"valid accuracy (%)": valid})
@@ -474,11 +476,11 @@ def draw_curves(record: dict) -> bytes:  # a PNG
     fig = Figure(figsize=(9, 3.2), layout="constrained", facecolor="white")
     left, right = fig.subplots(1, 2)
     epochs = range(1, len(record["curve"]["loss"]) + 1)
-    left.plot(epochs, record["curve"]["loss"], ".-"); left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
+    left.plot(epochs, record["curve"]["loss"], ".-"); left.set(xlabel="epoch", ylabel="training loss (nats)", ylim=(0, None))
     for part, style in ("train", ".:"), ("valid", ".-"): right.plot(epochs, record["curve"][part], style, label=part)
     right.axhline(record["test"], color="C2", ls="--", label=f"test {record['test']:.1f} %")
     right.set(xlabel="epoch", ylabel="accuracy (%)", title=record["name"]); right.legend()
-    for ax in (left, right): ax.grid(alpha=.3)
+    for ax in (left, right): ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True)
     image = io.BytesIO(); fig.savefig(image, format="png", dpi=110)
     return image.getvalue()
 
@@ -503,7 +505,7 @@ def train(
             if getattr(stored, key) != getattr(recipe, key): raise TrainingError(f"the run in {out} has {key} {getattr(stored, key)}, not {value}; leave that out, or choose another folder with --out")
         recipe = stored
         if (out / "results.json").exists():
-            for p in checkpoints(out): shutil.rmtree(p)
+            for p in checkpoints(out): shutil.rmtree(p, ignore_errors=True)  # a run killed at its very end
             return json.loads((out / "results.json").read_text())
     return Trainer(recipe, out, name=name, **options or {}).run()
 
@@ -565,6 +567,16 @@ def read_option(name, text, kinds):
     try: return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError): raise ValueError(f"--{name} takes {dict(int='a whole number', float='a number', bool='true or false').get(kind.__name__, kind.__name__)}; got {text!r}") from None
 
+def tidy(args: list[str], flags: list[str]) -> list[str]:
+    "Arguments with `--batch-size` written as `--batch_size`, and `--cpu` as `--cpu=true`."
+    tidied = []
+    for i, a in enumerate(args):
+        name, eq, value = a.partition("=")
+        if a.startswith("--"): name = "--" + name[2:].replace("-", "_")
+        if name[2:] in flags and not eq and args[i + 1:i + 2] not in (["true"], ["false"]): eq, value = "=", "true"
+        tidied.append(name + eq + value if a.startswith("--") else a)
+    return tidied
+
 def needs(*packages):
     "Refuse when a package of the training extra is missing."
     for p in packages:
@@ -580,10 +592,8 @@ def train_main(args: list[str] | None = None):
     for title, group in ("the recipe", recipe), ("the run", run):
         section = parser.add_argument_group(title)
         for name, (kinds, default, comment) in group.items():
-            section.add_argument(f"--{name}", metavar="X", help=f"{comment} (default: {str(default).lower() if default is None or isinstance(default, bool) else default})".replace("%", "%%"),
-                                 **dict(nargs="?", const="true") if bool in kinds else {})
-    known, unknown = parser.parse_known_args([a.split("=")[0].replace("-", "_").replace("__", "--", 1) + a[len(a.split("=")[0]):] if a.startswith("--") else a
-                                              for a in (sys.argv[1:] if args is None else args)])
+            section.add_argument(f"--{name}", metavar="X", help=f"{comment} (default: {str(default).lower() if default is None or isinstance(default, bool) else default})".replace("%", "%%"))
+    known, unknown = parser.parse_known_args(tidy(sys.argv[1:] if args is None else args, [name for name, o in (recipe | run).items() if bool in o[0]]))
     if unknown: refuse(f"there is no option {unknown[0]}{nearest(unknown[0].lstrip('-').split('=')[0], recipe | run)}")
     needs("accelerate", "safetensors", "tqdm", "matplotlib", *["tensorboard"] * bool(known.tensorboard))
     given = {name: text for name, text in vars(known).items() if text is not None and name != "task"}
@@ -607,7 +617,7 @@ def guarded(call, advice):
         number = next((s for s in (signal.SIGINT, signal.SIGTERM) if s.name in str(e)), 0)
         print(f"{Path(sys.argv[0]).name}: {e}, state saved; {advice}", file=sys.stderr); raise SystemExit(128 + number if number else 0)
     except KeyboardInterrupt: print(f"{Path(sys.argv[0]).name}: stopped at once; {advice}", file=sys.stderr); raise SystemExit(130)
-    except torch.OutOfMemoryError: refuse("the GPU's memory is full; try half the --batch_size")
+    except torch.cuda.OutOfMemoryError: refuse("the GPU's memory is full; try half the --batch_size")
     except ImportError as e: refuse(f"{e.name} is missing; install the extra: pip install 'las_nb[train]'")
     except (ValueError, DataError, TrainingError) as e: refuse(e)
     except OSError as e: refuse(f"{e.strerror or e}: {e.filename or ''}")
@@ -684,6 +694,8 @@ def experiments_main(
         def call():
             record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline))
             replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())
+            if record["seed"] == 0 and (out / name / "model.safetensors").stat().st_size < 1_000_000:  # small weights are kept for the pages
+                for file in ("config.json", "model.safetensors"): replace_file(results / name / file, (out / name / file).read_bytes())
             (out / name / "failed.txt").unlink(missing_ok=True)
             print(summary(record), flush=True)
         try: call()

@@ -50,7 +50,7 @@ def test_imports_with_torch_and_fastcore_alone(python):
     code = """
 import importlib, pkgutil, sys, las_nb
 for m in pkgutil.iter_modules(las_nb.__path__): importlib.import_module(f"las_nb.{m.name}")
-extra = {"matplotlib", "sklearn", "IPython", "nbdev", "tqdm", "safetensors", "torchvision", "jupyterlab"}
+extra = {"matplotlib", "sklearn", "IPython", "nbdev", "tqdm", "safetensors", "torchvision", "jupyterlab", "accelerate", "huggingface_hub", "tensorboard"}
 for name in extra:
     try: importlib.import_module(name)
     except ImportError: continue
@@ -69,7 +69,7 @@ def test_metadata_comes_from_settings(wheel):
     s = settings()
     meta = metadata.metadata("las_nb")
     assert meta["Version"] == s["version"] and meta["Summary"] == s["description"] and meta["Author"] == s["author"]
-    assert set(meta.get_all("Provides-Extra")) == {"train", "dev"}
+    assert set(meta.get_all("Provides-Extra")) == {"train", "hub", "dev"}
     assert any(s["git_url"] in u for u in meta.get_all("Project-URL"))
     assert wheel.stat().st_size < 100_000
     import las_nb
