@@ -202,7 +202,7 @@ def plot_curves(
         ax.plot(epochs, curves.mean(0), label=name, **style)
         ax.fill_between(epochs, curves.min(0), curves.max(0), color=style["color"], alpha=.15, lw=0)
     ax.set(xlabel="epoch", ylabel="training loss (nats)" if score == "loss" else f"{score} accuracy (%)", ylim=(0, None if score == "loss" else 100))
-    ax.grid(alpha=.3); ax.legend(loc="upper right" if score == "loss" else "lower right")
+    ax.grid(alpha=.3); ax.xaxis.get_major_locator().set_params(integer=True); ax.legend(loc="upper right" if score == "loss" else "lower right")
 
 # %% ../nbs/07_digits.ipynb #6b789bad
 @torch.no_grad()
@@ -221,7 +221,7 @@ def plot_maps(
         weights = block.attention.weights(block.norm1(h) if block.prenorm else h)[0]  # (H, L, L)
         row[0].imshow(x.view(side, side).numpy(), cmap="gray_r"); row[0].set(title=name, xticks=[], yticks=[])
         for i, (ax, w) in enumerate(zip(row[1:], weights)):
-            ax.imshow(w.sqrt().numpy(), cmap="cividis"); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.attention.rates[i]:.3g}", xlabel="key")
+            ax.imshow(w.sqrt().numpy(), cmap="cividis", vmin=0, vmax=w.sqrt().quantile(.995).item()); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.attention.rates[i]:.3g}", xlabel="key")
         row[1].set_ylabel("query")
 
 # %% ../nbs/07_digits.ipynb #8100798f

@@ -28,12 +28,13 @@ def score_table(
     runs: list[dict],  # records of one task
 ) -> str:  # Markdown
     "Accuracy with its range over seeds, parameters, and cost, as a Markdown table."
-    rows = ["| model | seeds | test accuracy (%) | validation (%) | parameters | s per epoch | tokens/s | peak memory (GiB) |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    rows = ["| model | seeds | test accuracy (%) | validation (%) | parameters | s per epoch | tokens/s | GPU memory (GiB) |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     def mean(group, key): return statistics.mean(r[key] for r in group)
     for name, group in groups(runs).items():
         test = [r["test"] for r in group]
         spread = f" ({min(test):.2f} to {max(test):.2f})" if len(test) > 1 else ""
-        rows.append(f"| {name} | {len(group)} | {mean(group, 'test'):.2f}{spread} | {mean(group, 'valid'):.2f} | {group[0]['params']:,} | {mean(group, 'seconds_per_epoch'):.1f} | {mean(group, 'tokens_per_s'):,.0f} | {mean(group, 'peak_memory') / 2**30:.2f} |")
+        memory = f"{mean(group, 'peak_memory') / 2**30:.2f}" if all(r["device"] != "cpu" for r in group) else "-"  # a CPU process counts its earlier runs too
+        rows.append(f"| {name} | {len(group)} | {mean(group, 'test'):.2f}{spread} | {mean(group, 'valid'):.2f} | {group[0]['params']:,} | {mean(group, 'seconds_per_epoch'):.1f} | {mean(group, 'tokens_per_s'):,.0f} | {memory} |")
     return "\n".join(rows)
 
 # %% ../nbs/10_smnist.ipynb #d3843fda
@@ -62,5 +63,5 @@ def judge(
     alike = [r for r in runs if recipe(r) == recipe(record)]
     if not alike: return f"nothing on file was made by: {record['command']}"
     for epoch, (loss, (low, high)) in enumerate(zip(record["curve"]["loss"], expected(alike, "loss", tolerance)), 1):
-        if not low <= loss <= high: return f"the loss of epoch {epoch} is {loss:.3f}; {len(alike)} runs on file say {low:.3f} to {high:.3f}"
-    return f"normal: every epoch's loss lies within the range of {len(alike)} runs on file"
+        if not low <= loss <= high: return f"the loss of epoch {epoch} is {loss:.3f}; {len(alike)} run{'s' * (len(alike) > 1)} on file say {low:.3f} to {high:.3f}"
+    return f"normal: every epoch's loss lies within the range of {len(alike)} run{'s' * (len(alike) > 1)} on file"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Recipe', 'preset', 'run_name', 'command_line', 'build', 'learning_rate', 'plateau_drops',
-           'parameter_groups', 'share_loss', 'best_precision', 'TrainingError', 'checkpoints', 'save_checkpoint',
-           'load_checkpoint', 'read_facts', 'verified', 'Stopped', 'Trainer', 'listening', 'draw_curves', 'train',
-           'stored_recipe', 'load_run', 'score', 'Parser', 'options_of', 'read_option', 'tidy', 'needs', 'train_main',
-           'summary', 'guarded', 'eval_main', 'experiments', 'status', 'experiments_main']
+           'parameter_groups', 'share_loss', 'best_precision', 'TrainingError', 'NotFinite', 'checkpoints',
+           'save_checkpoint', 'load_checkpoint', 'read_facts', 'verified', 'Stopped', 'Trainer', 'listening',
+           'draw_curves', 'train', 'stored_recipe', 'load_run', 'score', 'Parser', 'options_of', 'read_option', 'tidy',
+           'needs', 'train_main', 'summary', 'guarded', 'eval_main', 'experiments', 'status', 'experiments_main']
 
 # %% ../nbs/09_train.ipynb #1d1df0f6
 import argparse, dataclasses, fnmatch, hashlib, importlib.util, inspect, io, json, math, os, shutil, signal, sys, threading, time, typing, warnings
@@ -44,7 +44,7 @@ class Recipe:
     causal: bool = True  # see the past only
     spacing: str = "geometric"  # decay rates over heads: geometric or uniform
     method: str = "auto"  # how attention is computed
-    epochs: int = 20  # passes over the training set
+    epochs: int = 15  # passes over the training set
     batch_size: int = 64  # sequences per step, over all processes
     lr: float = 2e-3  # highest learning rate
     weight_decay: float = .01  # of AdamW, on matrices only
@@ -163,6 +163,9 @@ def best_precision(cpu: bool = False) -> str:  # "bf16", "fp16" or "no"
 class TrainingError(Exception):
     "A run cannot start or go on; the message says why and what to do."
 
+class NotFinite(TrainingError):
+    "The loss became NaN or infinite."
+
 def checkpoints(out: Path) -> list[Path]:
     "The whole checkpoints of a run, oldest first."
     return sorted(p for p in Path(out).glob("checkpoint-*") if p.is_dir())
@@ -221,7 +224,8 @@ def verified(path, digest):
 
 # %% ../nbs/09_train.ipynb #1a370484
 class Stopped(Exception):
-    "A run was cut, by a signal or by the clock; its state is saved."
+    "A run was cut, by a signal (its `number`) or by the clock (None); its state is saved."
+    def __init__(self, message, number=None): super().__init__(message); self.number = number
 
 class Trainer:
     """Trains one recipe in one folder; what was cut goes on as if nothing had happened.
@@ -358,7 +362,7 @@ def look(self: Trainer) -> tuple:  # loss summed over the epoch so far, hits, to
     if any(bad):
         first, r = int(min(b for b in bad if b)), self.recipe
         kept = f"the last checkpoint in {self.out} is from before it" if checkpoints(self.out) else "there is no checkpoint yet"
-        raise TrainingError(f"the loss is not finite at step {first} (epoch {(first - 1) // self.steps + 1}, learning rate {self.rate(first - 1):.2g}); "
+        raise NotFinite(f"the loss is not finite at step {first} (epoch {(first - 1) // self.steps + 1}, learning rate {self.rate(first - 1):.2g}); "
                             f"try --lr {r.lr / 3:.1g}, a longer --warmup or a smaller --clip; {kept}")
     return sum(loss), sum(hits), sum(tokens)
 
@@ -367,12 +371,15 @@ def pause(self: Trainer, step: int):
     "Save when it is time; save and raise `Stopped` when the run must end."
     if self.world > 1 and step % 10: return  # asking the others takes time
     now = time.monotonic()
-    want = 2 if self.signal or self.deadline is not None and now > self.deadline else int(now - self.saved_at > 60 * self.save_minutes)
+    stop = bool(self.signal) or (self.deadline is not None and now > self.deadline)
+    save = stop or now - self.saved_at > 60 * self.save_minutes
     if self.world > 1:
         from accelerate.utils import broadcast
-        want = int(broadcast(torch.tensor([want], device=self.device)).item())
-    if want: self.save()
-    if want == 2: raise Stopped(f"stopped by {signal.Signals(self.signal).name if self.signal else 'the clock'} at step {self.step} of {self.steps} in epoch {self.epoch + 1} of {self.recipe.epochs}")
+        stop, save = broadcast(torch.tensor([stop, save], dtype=torch.int32, device=self.device)).bool().tolist()
+    if save: self.save()
+    if stop:
+        where = f"step {self.step} of {self.steps} in epoch {self.epoch + 1}" if self.epoch < self.recipe.epochs else "the test after epoch"
+        raise Stopped(f"stopped by {signal.Signals(self.signal).name if self.signal else 'the clock'} at {where} of {self.recipe.epochs}", self.signal)
 
 # %% ../nbs/09_train.ipynb #3c2e2589
 @patch
@@ -383,11 +390,13 @@ def train_epoch(self: Trainer, bar) -> tuple:  # as look
     start = looked = time.perf_counter()
     for batch in batches(self.data["train"], self.recipe.batch_size, order, self.step, slice(self.rank, None, self.world)):
         self.learn(batch); bar.update()
-        if self.step % 10 == 0 if self.world > 1 else self.device.type == "cpu" or time.perf_counter() - looked > .5:
+        if self.world > 1: due = self.step % 10 == 0  # all processes must look together
+        else: due = self.device.type == "cpu" or time.perf_counter() - looked > .5
+        if due:
             loss, hits, tokens = self.look(); looked = time.perf_counter()
             seen, speed = min(self.step * self.recipe.batch_size, len(order)), (self.tokens + tokens) / (self.seconds + looked - start)
             bar.set_postfix_str(f"epoch {self.epoch + 1}, loss {loss / seen:.3f}, accuracy {100 * hits / seen:.1f} %, {speed:,.0f} tokens/s", refresh=False)
-            if self.step % 10 == 0: self.log({"loss (nats)": loss / seen, "train accuracy (%)": 100 * hits / seen, "learning rate": self.rate(self.done - 1), "tokens/s": speed})
+            if self.device.type != "cpu" or self.step % 10 == 0: self.log({"loss (nats)": loss / seen, "train accuracy (%)": 100 * hits / seen, "learning rate": self.rate(self.done - 1), "tokens/s": speed})
         self.seconds += time.perf_counter() - start
         self.pause(self.step)
         start = time.perf_counter()
@@ -573,7 +582,8 @@ def tidy(args: list[str], flags: list[str]) -> list[str]:
     for i, a in enumerate(args):
         name, eq, value = a.partition("=")
         if a.startswith("--"): name = "--" + name[2:].replace("-", "_")
-        if name[2:] in flags and not eq and args[i + 1:i + 2] not in (["true"], ["false"]): eq, value = "=", "true"
+        after = args[i + 1] if i + 1 < len(args) else "--"
+        if name[2:] in flags and not eq and (after.startswith("--") or after in TASKS): eq, value = "=", "true"
         tidied.append(name + eq + value if a.startswith("--") else a)
     return tidied
 
@@ -614,8 +624,7 @@ def guarded(call, advice):
     "Run a command; whatever ends it early ends in one line."
     try: return call()
     except Stopped as e:
-        number = next((s for s in (signal.SIGINT, signal.SIGTERM) if s.name in str(e)), 0)
-        print(f"{Path(sys.argv[0]).name}: {e}, state saved; {advice}", file=sys.stderr); raise SystemExit(128 + number if number else 0)
+        print(f"{Path(sys.argv[0]).name}: {e}, state saved; {advice}", file=sys.stderr); raise SystemExit(128 + e.number if e.number else 0)
     except KeyboardInterrupt: print(f"{Path(sys.argv[0]).name}: stopped at once; {advice}", file=sys.stderr); raise SystemExit(130)
     except torch.cuda.OutOfMemoryError: refuse("the GPU's memory is full; try half the --batch_size")
     except ImportError as e: refuse(f"{e.name} is missing; install the extra: pip install 'las_nb[train]'")
@@ -691,20 +700,17 @@ def experiments_main(
         state, _ = status(name, out, results)
         if state == "finished" or (state == "failed" and not only): continue
         if deadline is not None and time.monotonic() > deadline: break
-        def call():
+        def make():
             record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline))
             replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())
             if record["seed"] == 0 and (out / name / "model.safetensors").stat().st_size < 1_000_000:  # small weights are kept for the pages
                 for file in ("config.json", "model.safetensors"): replace_file(results / name / file, (out / name / file).read_bytes())
             (out / name / "failed.txt").unlink(missing_ok=True)
             print(summary(record), flush=True)
-        try: call()
-        except TrainingError as e:
-            if "not finite" not in str(e): refuse(e)
-            replace_file(out / name / "failed.txt", str(e).encode()); failed.append(name); print(f"{name}: {e}", file=sys.stderr)
-        except BaseException as e:
-            def again(): raise e
-            guarded(again, "go on with the same command")
+        def make_or_note():
+            try: make()
+            except NotFinite as e: replace_file(out / name / "failed.txt", str(e).encode()); failed.append(name); print(f"{name}: {e}", file=sys.stderr)
+        guarded(make_or_note, "go on with the same command")
     left = sum(status(name, out, results)[0] != "finished" for name in names)
     print(f"{len(names) - left} of {len(names)} finished")
     if failed: raise SystemExit(2)
