@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'Batch', 'DataError', 'data_root', 'mnist_file', 'read_idx',
            'Task', 'load_task', 'batches', 'epoch_order', 'describe', 'data_main']
 
 # %% ../nbs/08_data.ipynb #30bc25b1
-import gzip, hashlib, os, sys, tempfile, torch
+import gzip, hashlib, os, socket, tempfile, torch
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 from fastcore.script import call_parse
@@ -52,7 +52,8 @@ def mnist_file(
     from torchvision.datasets.utils import check_integrity, download_url
     md5, path = dict(MNIST.resources)[name], Path(root) / "MNIST" / "raw" / name
     if not path.exists():
-        problem = None
+        problem, patience = None, socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds; a mirror that hangs is a dead one
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as aside:
@@ -62,6 +63,7 @@ def mnist_file(
                         os.replace(Path(aside) / name, path); break
                     except (OSError, RuntimeError) as e: problem = e
         except OSError as e: problem = e
+        finally: socket.setdefaulttimeout(patience)
         if not path.exists():
             why = str(getattr(problem, "reason", None) or getattr(problem, "strerror", None) or problem).splitlines()[0]
             raise DataError(f"cannot get {name} into {path.parent} ({why}); put MNIST's four .gz files there or name a folder that has MNIST/raw with --root or LAS_NB_DATA")

@@ -143,7 +143,7 @@ class LaSTransformer(nn.Module):
             inputs = inputs.long()
             if inputs.device.type == "cpu" and inputs.numel() and not 0 <= inputs.min() <= inputs.max() < self.vocab:
                 raise ValueError(f"tokens must lie between 0 and {self.vocab - 1}; got {inputs.min()} to {inputs.max()}")
-        x = self.embed(inputs)  # (B, L, dim)
+        x = self.embed(inputs).to(self.embed.weight.dtype)  # (B, L, dim); under autocast too, what blocks add to stays float32
         if self.positions == "sinusoidal": x = x + sinusoidal(x.shape[1], x.shape[2], x.device, x.dtype)
         if self.positions == "learned": x = x + self.position[:x.shape[1]]
         return x
@@ -186,7 +186,7 @@ class LaSTransformer(nn.Module):
         Raises `FileNotFoundError` when there is no such folder and `ValueError` when its files are damaged.
         The Hub needs huggingface_hub: `pip install 'las_nb[hub]'`."""
         folder = Path(source)
-        if not folder.is_dir() and re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
+        if not folder.is_dir() and not folder.parent.is_dir() and re.fullmatch(r"[\w-]+/[\w.-]+", str(source)):
             try: from huggingface_hub import snapshot_download
             except ImportError: raise FileNotFoundError(f"there is no folder {source}; to look for it on the Hub: pip install 'las_nb[hub]'") from None
             folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"], **options))

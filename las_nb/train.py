@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Recipe', 'preset', 'run_name', 'command_line', 'build', 'learning_rate', 'plateau_drops',
-           'parameter_groups', 'share_loss', 'best_precision', 'TrainingError', 'NotFinite', 'checkpoints',
-           'save_checkpoint', 'load_checkpoint', 'read_facts', 'verified', 'Stopped', 'Trainer', 'listening',
-           'draw_curves', 'train', 'stored_recipe', 'load_run', 'score', 'Parser', 'options_of', 'read_option', 'tidy',
-           'needs', 'train_main', 'summary', 'guarded', 'eval_main', 'experiments', 'status', 'experiments_main']
+           'parameter_groups', 'share_loss', 'best_precision', 'TrainingError', 'NotFinite', 'InUse', 'CannotWrite',
+           'checkpoints', 'sync', 'save_checkpoint', 'load_checkpoint', 'read_facts', 'verified', 'Stopped', 'Trainer',
+           'listening', 'draw_curves', 'train', 'stored_recipe', 'load_run', 'score', 'Parser', 'options_of',
+           'read_option', 'tidy', 'needs', 'train_main', 'summary', 'guarded', 'trouble', 'eval_main', 'experiments',
+           'status', 'experiments_main']
 
 # %% ../nbs/09_train.ipynb #1d1df0f6
-import argparse, dataclasses, fnmatch, hashlib, importlib.util, inspect, io, json, math, os, shutil, signal, sys, threading, time, typing, warnings
+import argparse, dataclasses, fnmatch, hashlib, importlib.util, inspect, io, json, math, os, re, shutil, signal, sys, threading, time, typing, warnings
 import torch, torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class Recipe:
             if not low <= getattr(self, name) < math.inf: raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+        if self.seed > 10 ** 9: raise ValueError(f"seed must be at most a thousand million; got {self.seed}")
         if self.warmup >= 1: raise ValueError(f"warmup is a share of the steps, below 1; got {self.warmup}")
         if self.model == "plain": self.max_rate, self.window = 0., 1
 
@@ -164,11 +166,24 @@ class TrainingError(Exception):
     "A run cannot start or go on; the message says why and what to do."
 
 class NotFinite(TrainingError):
-    "The loss became NaN or infinite."
+    "The loss or its gradient became NaN or infinite."
+
+class InUse(TrainingError):
+    "Another process is training in this folder."
+
+class CannotWrite(TrainingError):
+    "The disk is full, or may not be written."
 
 def checkpoints(out: Path) -> list[Path]:
     "The whole checkpoints of a run, oldest first."
-    return sorted(p for p in Path(out).glob("checkpoint-*") if p.is_dir())
+    return sorted((p for p in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", p.name) and p.is_dir()), key=lambda p: int(p.name[11:]))
+
+def sync(folder: Path):
+    "Make the names in a folder survive a power cut, where the system can."
+    try: handle = os.open(folder, os.O_RDONLY)
+    except OSError: return  # Windows does not open folders
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 def save_checkpoint(
     out: Path,  # folder of the run
@@ -176,10 +191,10 @@ def save_checkpoint(
     facts: dict,  # what JSON can hold
     most: int = 14_000_000,  # bytes per file, unless a single tensor is larger
 ) -> Path:
-    "Write a checkpoint aside, rename it, remove the older ones."
+    "Write a checkpoint aside, rename it, remove older ones; the one before stays if both take less than 60 MB."
     from safetensors.torch import save
     old = checkpoints(out)
-    number = int(old[-1].name.split("-")[1]) + 1 if old else 0
+    number = int(old[-1].name[11:]) + 1 if old else 0
     aside, final = Path(out) / f".checkpoint-{number:06d}", Path(out) / f"checkpoint-{number:06d}"
     shards, room = [{}], most
     for name, t in tensors.items():
@@ -196,9 +211,10 @@ def save_checkpoint(
         content = json.dumps(facts | dict(sha256=sums), indent=1).encode()
         replace_file(aside / "state.json", content)
         replace_file(aside / "state.sha256", hashlib.sha256(content).hexdigest().encode())
-        os.replace(aside, final)
+        sync(aside); os.replace(aside, final); sync(out)
     finally: shutil.rmtree(aside, ignore_errors=True)
-    for p in old: shutil.rmtree(p)
+    fits = sum(f.stat().st_size for p in (*old[-1:], final) for f in p.iterdir()) < 60e6
+    for p in old[:-1] if fits else old: shutil.rmtree(p)
     return final
 
 def load_checkpoint(
@@ -219,7 +235,7 @@ def verified(path, digest):
     try: content, why = path.read_bytes(), "it is not what was written"
     except OSError as e: content, why = b"", e.strerror
     if hashlib.sha256(content).hexdigest() != digest:
-        raise TrainingError(f"{path} is damaged ({why}); delete {path.parent} to go on from an older checkpoint or from the start")
+        raise TrainingError(f"{path} is damaged ({why}); delete {path.parent} to go on from the checkpoint before, or from the start if there is none")
     return content
 
 # %% ../nbs/09_train.ipynb #1a370484
@@ -249,27 +265,55 @@ class Trainer:
         with warnings.catch_warnings():  # a library below warns in notebooks without widgets
             warnings.simplefilter("ignore")
             from accelerate import Accelerator
+            from accelerate.state import AcceleratorState
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if alone: AcceleratorState._reset_state(reset_partial_state=True)  # an earlier trainer may have had another device or precision
         check_choice("precision", precision, ("auto", "no", "bf16", "fp16"))
+        if not 0 <= save_minutes < math.inf: raise ValueError(f"save_minutes must be 0 or more; got {save_minutes}")
+        cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         self.recipe, self.out, self.save_minutes, self.deadline, self.progress = recipe, Path(out), save_minutes, deadline, progress
         self.model = build(recipe)  # first: it refuses what does not fit
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=best_precision(cpu) if precision == "auto" else precision,
                                        log_with="tensorboard" if tensorboard else None, project_dir=str(out))
         self.device, self.world, self.rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
-        self.tensorboard, self.lock = tensorboard, None
-        if self.rank == 0: self.claim()
+        if self.device.type == "cpu" and precision == "fp16": raise ValueError("fp16 needs a GPU; use precision bf16 or no")
+        self.name, self.tensorboard, self.compile, self.lock = name or run_name(recipe), tensorboard, compile, None
+        self.first(self.claim)
+        try: self.prepare(root)
+        except BaseException:
+            if self.lock: self.lock.release()
+            raise
+
+    def first(self, work):
+        "Let the first process do something; what it cannot do, all cannot."
+        problem = None
+        if self.rank == 0:
+            try: work()
+            except TrainingError as e: problem = e
+        if self.world > 1:
+            from accelerate.utils import broadcast_object_list
+            [problem] = broadcast_object_list([problem])
+        if problem: raise problem
+
+    def prepare(self, root):
+        "Load the data, wrap the model, and go to where the last checkpoint was written."
+        recipe = self.recipe
         self.data = load_task(recipe.task, root, self.device, recipe.limit)
         self.steps = math.ceil(len(self.data["train"].labels) / recipe.batch_size)  # per epoch
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr)
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        if compile: self.net = torch.compile(self.net)
+        if self.compile: torch._dynamo.reset(); self.net = torch.compile(self.net)
         self.epoch, self.step, self.seconds, self.tokens, self.peak = 0, 0, 0., 0, 0
-        self.curve, self.commits, self.signal = dict(loss=[], train=[], valid=[]), [], None
-        self.name = name or run_name(recipe)
-        self.sums = torch.zeros(4, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)  # see learn
+        self.curve, self.signal, self.asked, self.checked = dict(loss=[], train=[], valid=[]), None, 0, 0
+        self.commits, self.devices, self.precisions = [], [], []  # a run may be cut here and go on elsewhere
+        self.sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)  # see learn
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         self.accelerator.wait_for_everyone()
         if found := checkpoints(self.out): self.restore(found[-1])
-        self.commits = list(dict.fromkeys([*self.commits, commit_id()]))
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        here = dict(commits=commit_id(), devices=device if self.world == 1 else f"{self.world} x {device}", precisions=self.accelerator.mixed_precision)
+        for known, value in here.items():
+            if value not in getattr(self, known): getattr(self, known).append(value)
         self.saved_at = time.monotonic()
 
     def claim(self):
@@ -277,12 +321,13 @@ class Trainer:
         from filelock import FileLock, Timeout
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            replace_file(self.out / ".writable", b""); (self.out / ".writable").unlink()
             self.lock = FileLock(self.out / ".lock", timeout=0); self.lock.acquire()
+            replace_file(self.out / ".writable", b""); (self.out / ".writable").unlink()
             for p in self.out.glob(".*"):  # what a run that was killed had begun to write
-                if p.name != ".lock": shutil.rmtree(p) if p.is_dir() else p.unlink()
-        except Timeout: raise TrainingError(f"another process is training in {self.out}; wait for it or choose another folder with --out") from None
-        except OSError as e: raise TrainingError(f"cannot write to {self.out} ({e.strerror}); choose another folder with --out") from None
+                if re.fullmatch(r"\.checkpoint-\d{6,}", p.name): shutil.rmtree(p)
+                if re.fullmatch(r"\.(model\.safetensors|(config|recipe|results)\.json|curves\.png|writable)\.\d+", p.name): p.unlink()
+        except Timeout: raise InUse(f"another process is training in {self.out}; wait for it or choose another folder with --out") from None
+        except OSError as e: raise CannotWrite(f"cannot write to {self.out} ({e.strerror}); choose another folder with --out") from None
 
     @property
     def done(self): return self.epoch * self.steps + self.step  # steps so far
@@ -291,17 +336,20 @@ class Trainer:
 @patch
 def save(self: Trainer):
     "Write a checkpoint; the run can go on from it bit for bit."
-    loss, hits, tokens = self.look()  # never keep a state that is not finite
-    if self.rank == 0:
+    loss, hits, tokens, right = self.look()
+    if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all(): raise NotFinite(f"the weights are not finite after step {self.done}; try a smaller --lr")
+    def write():
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, entry in self.optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v for k, v in entry.items()}
         scaler = self.accelerator.scaler
-        facts = dict(recipe=dataclasses.asdict(self.recipe), epoch=self.epoch, step=self.step, sums=[loss, hits, 0, tokens], curve=self.curve,
-                     seconds=self.seconds, tokens=self.tokens, peak=self.memory(), commits=self.commits, scaler=scaler.state_dict() if scaler else None)
+        facts = dict(recipe=dataclasses.asdict(self.recipe), epoch=self.epoch, step=self.step, sums=[loss, hits, 0, tokens, right], checked=self.checked, curve=self.curve,
+                     seconds=self.seconds, tokens=self.tokens, peak=self.memory(), commits=self.commits, devices=self.devices, precisions=self.precisions,
+                     scaler=scaler.state_dict() if scaler else None)
         try: save_checkpoint(self.out, tensors, facts)
         except OSError as e:
             kept = "the one before is whole" if checkpoints(self.out) else "there is none before it"
-            raise TrainingError(f"cannot write a checkpoint to {self.out} ({e.strerror}); {kept}: make room, then go on with --resume") from None
+            raise CannotWrite(f"cannot write a checkpoint to {self.out} ({e.strerror}); {kept}: make room, then go on with --resume") from None
+    self.first(write)
     self.saved_at = time.monotonic()
 
 @patch
@@ -315,14 +363,14 @@ def restore(self: Trainer, folder):
             if name.startswith("optimizer."): state.setdefault(int(name.split(".")[1]), {})[name.split(".")[2]] = t
         self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()["param_groups"]))
         if self.accelerator.scaler and facts["scaler"]: self.accelerator.scaler.load_state_dict(facts["scaler"])
-        for name in ("epoch", "step", "curve", "seconds", "tokens", "peak", "commits"): setattr(self, name, facts[name])
+        for name in ("epoch", "step", "checked", "curve", "seconds", "tokens", "peak", "commits", "devices", "precisions"): setattr(self, name, facts[name])
         if self.rank == 0: self.sums += torch.tensor(facts["sums"], dtype=self.sums.dtype, device=self.device)
     except (RuntimeError, ValueError, KeyError) as e:
         raise TrainingError(f"{folder} does not fit this program: {str(e).splitlines()[0]}; delete it to start anew") from None
 
 @patch
 def memory(self: Trainer) -> int:  # bytes
-    "Peak memory: of the GPU, or of the process where there is none."
+    "Peak memory: of the GPU, or, where there is none, of the process (with what it did before)."
     if self.device.type == "cuda": return max(self.peak, torch.cuda.max_memory_allocated())
     try: import resource
     except ImportError: return self.peak
@@ -341,12 +389,13 @@ def learn(self: Trainer, batch: Batch):
     logits = self.net(batch.inputs, batch.lengths)  # (b, n_classes)
     loss = share_loss(logits, batch.labels, whole, self.world) * weight
     self.accelerator.backward(loss)
-    self.accelerator.clip_grad_norm_(self.model.parameters(), r.clip)
+    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), r.clip)
     self.optimizer.step(); self.optimizer.zero_grad()
     loss, hits = loss.detach().to(self.sums) * whole / self.world, weight * (logits.argmax(-1) == batch.labels).sum()
     tokens = batch.inputs.shape[1] * len(batch.labels) if batch.lengths is None else batch.lengths.sum()
-    bad = torch.where((self.sums[2] == 0) & ~loss.isfinite(), float(self.done + 1), self.sums[2])  # counted from 1; 0: none
-    self.sums = torch.stack([self.sums[0] + loss, self.sums[1] + hits, bad, self.sums[3] + weight * tokens])
+    finite = loss.isfinite() if self.accelerator.scaler else loss.isfinite() & norm.isfinite()  # a scaler skips infinite gradients
+    bad = torch.where((self.sums[2] == 0) & ~finite, float(self.done + 1), self.sums[2])  # counted from 1; 0: none
+    self.sums = torch.stack([self.sums[0] + loss, self.sums[1] + hits, bad, self.sums[3] + weight * tokens, self.sums[4]])
     self.step += 1
 
 @patch
@@ -356,29 +405,31 @@ def rate(self: Trainer, step):
 
 # %% ../nbs/09_train.ipynb #f608d4db
 @patch
-def look(self: Trainer) -> tuple:  # loss summed over the epoch so far, hits, tokens; over all processes
-    "Read the sums; raise `TrainingError` when a loss was not finite."
-    loss, hits, bad, tokens = zip(*self.accelerator.gather(self.sums[None]).tolist())  # (processes, 4)
+def look(self: Trainer) -> tuple:  # loss summed over the epoch so far, hits, tokens, hits of an evaluation under way; over all processes
+    "Read the sums; raise `NotFinite` when a loss or a gradient was not finite."
+    loss, hits, bad, tokens, right = zip(*self.accelerator.gather(self.sums[None]).tolist())  # (processes, 5)
+    if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 2 ** -10: bad = bad or (self.done,)
     if any(bad):
         first, r = int(min(b for b in bad if b)), self.recipe
         kept = f"the last checkpoint in {self.out} is from before it" if checkpoints(self.out) else "there is no checkpoint yet"
-        raise NotFinite(f"the loss is not finite at step {first} (epoch {(first - 1) // self.steps + 1}, learning rate {self.rate(first - 1):.2g}); "
+        raise NotFinite(f"the loss or its gradient is not finite at step {first} (epoch {(first - 1) // self.steps + 1}, learning rate {self.rate(first - 1):.2g}); "
                             f"try --lr {r.lr / 3:.1g}, a longer --warmup or a smaller --clip; {kept}")
-    return sum(loss), sum(hits), sum(tokens)
+    return sum(loss), sum(hits), sum(tokens), sum(right)
 
 @patch
-def pause(self: Trainer, step: int):
+def pause(self: Trainer):
     "Save when it is time; save and raise `Stopped` when the run must end."
-    if self.world > 1 and step % 10: return  # asking the others takes time
+    self.asked += 1
+    if self.world > 1 and self.asked % 4: return  # asking the others takes time
     now = time.monotonic()
     stop = bool(self.signal) or (self.deadline is not None and now > self.deadline)
     save = stop or now - self.saved_at > 60 * self.save_minutes
     if self.world > 1:
         from accelerate.utils import broadcast
-        stop, save = broadcast(torch.tensor([stop, save], dtype=torch.int32, device=self.device)).bool().tolist()
+        stop, save, self.signal = broadcast(torch.tensor([stop, save, self.signal or 0], dtype=torch.int32, device=self.device)).tolist()
     if save: self.save()
     if stop:
-        where = f"step {self.step} of {self.steps} in epoch {self.epoch + 1}" if self.epoch < self.recipe.epochs else "the test after epoch"
+        where = f"step {self.step} of {self.steps} in epoch {self.epoch + 1}" if self.epoch < self.recipe.epochs else f"the test, after epoch {self.epoch}"
         raise Stopped(f"stopped by {signal.Signals(self.signal).name if self.signal else 'the clock'} at {where} of {self.recipe.epochs}", self.signal)
 
 # %% ../nbs/09_train.ipynb #3c2e2589
@@ -393,12 +444,12 @@ def train_epoch(self: Trainer, bar) -> tuple:  # as look
         if self.world > 1: due = self.step % 10 == 0  # all processes must look together
         else: due = self.device.type == "cpu" or time.perf_counter() - looked > .5
         if due:
-            loss, hits, tokens = self.look(); looked = time.perf_counter()
+            loss, hits, tokens, _ = self.look(); looked = time.perf_counter()
             seen, speed = min(self.step * self.recipe.batch_size, len(order)), (self.tokens + tokens) / (self.seconds + looked - start)
             bar.set_postfix_str(f"epoch {self.epoch + 1}, loss {loss / seen:.3f}, accuracy {100 * hits / seen:.1f} %, {speed:,.0f} tokens/s", refresh=False)
             if self.device.type != "cpu" or self.step % 10 == 0: self.log({"loss (nats)": loss / seen, "train accuracy (%)": 100 * hits / seen, "learning rate": self.rate(self.done - 1), "tokens/s": speed})
         self.seconds += time.perf_counter() - start
-        self.pause(self.step)
+        self.pause()
         start = time.perf_counter()
     sums = self.look()  # waits until a GPU is done
     self.seconds += time.perf_counter() - start
@@ -408,13 +459,18 @@ def train_epoch(self: Trainer, bar) -> tuple:  # as look
 @torch.no_grad()
 def evaluate(self: Trainer, part: str) -> float:  # percent
     "Accuracy on one of the splits."
-    net, right, size = (self.net if self.world == 1 else self.model), torch.zeros((), device=self.device), self.recipe.batch_size
+    net = self.net if self.world == 1 else self.model
+    if self.world > 1:  # the running statistics of BatchNorm are those of the first process, which are saved
+        for b in self.model.buffers(): torch.distributed.broadcast(b, 0)
     net.eval()
-    for i, batch in enumerate(batches(self.data[part], size, share=slice(self.rank, None, self.world))):
+    for batch in batches(self.data[part], self.recipe.batch_size, start=self.checked, share=slice(self.rank, None, self.world)):
         with self.accelerator.autocast():
-            if len(batch.labels): right += (net(batch.inputs, batch.lengths).argmax(-1) == batch.labels).sum()
-        if (i + 1) * size < len(self.data[part].labels): self.pause(i + 1)
-    return 100 * self.accelerator.gather(right[None]).sum().item() / len(self.data[part].labels)
+            if len(batch.labels): self.sums[4] += (net(batch.inputs, batch.lengths).argmax(-1) == batch.labels).sum()
+        self.checked += 1
+        self.pause()
+    percent = 100 * self.look()[3] / len(self.data[part].labels)
+    self.sums[4], self.checked = 0, 0
+    return percent
 
 @patch
 def run(self: Trainer) -> dict:  # the record: what results.json holds
@@ -427,18 +483,19 @@ def run(self: Trainer) -> dict:  # the record: what results.json holds
     try:
         with listening(self), bar:
             while self.epoch < r.epochs:
-                loss, hits, tokens = self.train_epoch(bar)
+                loss, hits, tokens, _ = self.train_epoch(bar)
                 valid = self.evaluate("valid")
                 for key, value in dict(loss=loss / n, train=100 * hits / n, valid=valid).items(): self.curve[key].append(value)
                 self.log({"valid accuracy (%)": valid})
                 self.tokens += tokens; self.sums = torch.zeros_like(self.sums); self.epoch += 1; self.step = 0
             self.save()  # the test may be cut as well
             record = self.record(self.evaluate("test"))
-        if self.rank == 0: self.write(record)
+            self.first(lambda: self.write(record))
+        if self.signal: raise Stopped(f"stopped by {signal.Signals(self.signal).name} when the run was finished", self.signal)
         return record
     finally:
-        if self.tensorboard: self.accelerator.end_training()
         if self.lock: self.lock.release()
+        if self.tensorboard: self.accelerator.end_training()
 
 @patch
 def log(self: Trainer, values):
@@ -460,12 +517,12 @@ class listening:
 @patch
 def record(self: Trainer, test: float) -> dict:
     "What is worth keeping of a finished run: accuracies in percent, losses in nats, memory in bytes."
-    r, device = self.recipe, torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+    r = self.recipe
     return dict(name=self.name, command=command_line(r), commit=", ".join(self.commits), task=r.task, model=r.model, positions=r.positions, seed=r.seed,
-                device=device if self.world == 1 else f"{self.world} x {device}", torch=torch.__version__, params=count_parameters(self.model),
+                device=", ".join(self.devices), torch=torch.__version__, params=count_parameters(self.model),
                 epochs=r.epochs, curve=self.curve, valid=self.curve["valid"][-1], test=test, seconds_per_epoch=self.seconds / r.epochs,
                 tokens_per_s=self.tokens / self.seconds, peak_memory=self.memory(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                precision=self.accelerator.mixed_precision, limit=r.limit)
+                precision=", ".join(self.precisions), compile=self.compile, limit=r.limit)
 
 @patch
 def write(self: Trainer, record):
@@ -477,7 +534,7 @@ def write(self: Trainer, record):
         replace_file(self.out / "results.json", json.dumps(record, indent=1).encode())
         for p in checkpoints(self.out): shutil.rmtree(p)
     except OSError as e:
-        raise TrainingError(f"cannot write the results to {self.out} ({e.strerror}); the last checkpoint is whole: make room, then go on with --resume") from None
+        raise CannotWrite(f"cannot write the results to {self.out} ({e.strerror}); the last checkpoint is whole: make room, then go on with --resume") from None
 
 def draw_curves(record: dict) -> bytes:  # a PNG
     "Loss and accuracy by epoch."
@@ -621,15 +678,25 @@ def summary(record):
             f"{record['seconds_per_epoch']:.1f} s per epoch, {record['tokens_per_s']:,.0f} tokens/s, {record['peak_memory'] / 2**30:.2f} GiB, {record['device']}")
 
 def guarded(call, advice):
-    "Run a command; whatever ends it early ends in one line."
-    try: return call()
+    "Run a command; whatever ends it early ends in one line, told by the first process."
+    if int(os.environ.get("RANK", 0)): sys.stderr = open(os.devnull, "w")
+    try:
+        result = call()
+        if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+        return result
     except Stopped as e:
         print(f"{Path(sys.argv[0]).name}: {e}, state saved; {advice}", file=sys.stderr); raise SystemExit(128 + e.number if e.number else 0)
     except KeyboardInterrupt: print(f"{Path(sys.argv[0]).name}: stopped at once; {advice}", file=sys.stderr); raise SystemExit(130)
-    except torch.cuda.OutOfMemoryError: refuse("the GPU's memory is full; try half the --batch_size")
     except ImportError as e: refuse(f"{e.name} is missing; install the extra: pip install 'las_nb[train]'")
     except (ValueError, DataError, TrainingError) as e: refuse(e)
     except OSError as e: refuse(f"{e.strerror or e}: {e.filename or ''}")
+    except (RuntimeError, AssertionError) as e: refuse(trouble(e))
+
+def trouble(e) -> str:
+    "What torch says, in one line."
+    first = (str(e).splitlines() or [type(e).__name__])[0]
+    full = any(s in str(e) for s in ("out of memory", "can't allocate", "ALLOC_FAILED"))
+    return f"memory is full; a smaller batch_size or a smaller model needs less ({first})" if full else f"torch stopped with: {first}"
 
 # %% ../nbs/09_train.ipynb #b5e039a0
 @call_parse
@@ -669,7 +736,8 @@ def status(
     except (OSError, ValueError, KeyError) as e: return "failed", f"{results / f'{name}.json'} cannot be read ({e}); delete it"
     if (out / name / "failed.txt").exists(): return "failed", (out / name / "failed.txt").read_text()
     if found := checkpoints(out / name):
-        facts = read_facts(found[-1])
+        try: facts = read_facts(found[-1])
+        except TrainingError as e: return "failed", str(e)
         return "cut", f"in epoch {facts['epoch'] + 1} of {facts['recipe']['epochs']}"
     return "waiting", ""
 
@@ -685,7 +753,7 @@ def experiments_main(
     compile: bool = False,  # torch.compile the models
 ):
     "List the experiments of the book, or make the next ones."
-    began, out, results, todo = time.monotonic(), Path(out), Path(results), experiments()
+    out, results, todo = Path(out), Path(results), experiments()
     guarded(lambda: check_choice("action", action, ("list", "run")), "")
     names = [name for name in todo if not only or fnmatch.fnmatch(name, only)]
     if not names: refuse(f"no experiment is called {only!r}{nearest(only, todo)}")
@@ -694,12 +762,15 @@ def experiments_main(
     if action == "list":
         for name in names: print(f"{name:28s} {' '.join(guarded(lambda: status(name, out, results), '')).strip()}")
         return
-    needs("accelerate", "safetensors", "tqdm", "matplotlib")
+    needs("accelerate", "safetensors", "tqdm", "matplotlib", "psutil")
+    import psutil
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: refuse("experiments run one process each; start las_experiments once per GPU, with CUDA_VISIBLE_DEVICES and --only")
+    began = time.monotonic() - (time.time() - psutil.Process().create_time())  # loading torch counts as well
     deadline, failed = None if minutes is None else began + 60 * minutes - 20, []  # seconds kept for the last checkpoint
     for name in names:
         state, _ = status(name, out, results)
         if state == "finished" or (state == "failed" and not only): continue
-        if deadline is not None and time.monotonic() > deadline: break
+        if deadline is not None and time.monotonic() > deadline - min(90 if compile else 30, 15 * minutes): break  # too late to begin
         def make():
             record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline))
             replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())
@@ -707,10 +778,16 @@ def experiments_main(
                 for file in ("config.json", "model.safetensors"): replace_file(results / name / file, (out / name / file).read_bytes())
             (out / name / "failed.txt").unlink(missing_ok=True)
             print(summary(record), flush=True)
-        def make_or_note():
+        def make_or_note():  # a run that cannot be made must not keep the others from being made
             try: make()
-            except NotFinite as e: replace_file(out / name / "failed.txt", str(e).encode()); failed.append(name); print(f"{name}: {e}", file=sys.stderr)
-        guarded(make_or_note, "go on with the same command")
+            except InUse as e: print(f"{name}: {e}", file=sys.stderr)
+            except (CannotWrite, DataError, Stopped): raise
+            except (TrainingError, ValueError, RuntimeError, AssertionError) as e:
+                why = str(e) if isinstance(e, (TrainingError, ValueError)) else trouble(e)
+                replace_file(out / name / "failed.txt", why.encode()); failed.append(name); print(f"{name}: {why}", file=sys.stderr)
+        try: guarded(make_or_note, "go on with the same command")
+        except SystemExit:
+            print(f"{sum(status(n, out, results)[0] == 'finished' for n in names)} of {len(names)} finished"); raise
     left = sum(status(name, out, results)[0] != "finished" for name in names)
     print(f"{len(names) - left} of {len(names)} finished")
     if failed: raise SystemExit(2)
