@@ -758,7 +758,7 @@ def experiments_main(
     names = [name for name in todo if not only or fnmatch.fnmatch(name, only)]
     if not names: refuse(f"no experiment is called {only!r}{nearest(only, todo)}")
     if not results.is_dir(): refuse(f"there is no folder {results}; run this in the repository, or name a folder with --results")
-    if minutes is not None and not minutes > .5: refuse(f"--minutes must be above 0.5; got {minutes:g}")
+    if minutes is not None and not 1 <= minutes < math.inf: refuse(f"--minutes must be at least 1; got {minutes:g}")
     if action == "list":
         for name in names: print(f"{name:28s} {' '.join(guarded(lambda: status(name, out, results), '')).strip()}")
         return
@@ -770,7 +770,7 @@ def experiments_main(
     for name in names:
         state, _ = status(name, out, results)
         if state == "finished" or (state == "failed" and not only): continue
-        if deadline is not None and time.monotonic() > deadline - min(90 if compile else 30, 15 * minutes): break  # too late to begin
+        if deadline is not None and time.monotonic() > deadline - (90 if compile else 30): break  # too late to begin
         def make():
             record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline))
             replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())

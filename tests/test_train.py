@@ -514,16 +514,16 @@ def test_experiments_stop_in_time(two, capsys, monkeypatch):
     real = Trainer.learn
     def slow(self, batch): real(self, batch); monkeypatch.setattr(lib.time, "monotonic", lambda: now + 80)  # the clock leaps
     monkeypatch.setattr(Trainer, "learn", slow)
-    age = (time.time() - psutil.Process().create_time()) / 60  # minutes count from the start of the process
-    with pytest.raises(SystemExit) as e: make(two, minutes=age + 1.5)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time())
+    with pytest.raises(SystemExit) as e: make(two, minutes=1.5)
     assert e.value.code in (0, None) and "stopped by the clock" in capsys.readouterr().err
     assert status("digits-las", out, results)[0] == "cut" and not list(results.iterdir())
     monkeypatch.undo()
 
 
-def test_experiments_do_not_begin_when_there_is_no_time(two, capsys):
-    age = (time.time() - psutil.Process().create_time()) / 60
-    make(two, minutes=age + .6)
+def test_experiments_do_not_begin_when_there_is_no_time(two, capsys, monkeypatch):
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time() - 30)  # half of the minute has gone
+    make(two, minutes=1)
     assert "0 of 2 finished" in capsys.readouterr().out and not two[0].exists()
 
 
@@ -570,7 +570,7 @@ def results_seen(results): return list(results.glob("*.json"))
 
 
 @pytest.mark.parametrize("args, says", [(dict(action="walk"), "'list', 'run'; got 'walk'"), (dict(action="run", only="smnist-lsa"), "no experiment is called"),
-                                        (dict(action="run", results="/nowhere"), "no folder /nowhere"), (dict(action="run", minutes=0), "--minutes must be above 0.5")])
+                                        (dict(action="run", results="/nowhere"), "no folder /nowhere"), (dict(action="run", minutes=0), "--minutes must be at least 1")])
 def test_experiments_explain(args, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "nbs" / "results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
