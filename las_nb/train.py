@@ -78,7 +78,7 @@ PRESETS = {"digits": dict(dim=48, norm="layer", max_rate=.3, epochs=30, batch_si
 
 def preset(
     task: str,  # a key of `TASKS`
-    **changes,  # fields of `Recipe` that shall differ from the preset
+    **changes,  # fields of Recipe that shall differ from the preset
 ) -> Recipe:
     """The recipe of a task, with changes.
 
@@ -556,8 +556,8 @@ def train(
     out: str | Path | None = None,  # folder of the run; by default `runs/` and its name
     resume: bool = False,  # go on with the run in `out`, if there is one
     name: str | None = None,  # of the record; by default task, model, positions and seed
-    options: dict | None = None,  # arguments of `Trainer`: root, cpu, precision, compile, tensorboard, save_minutes, deadline, progress
-    **changes,  # fields of `Recipe`
+    options: dict | None = None,  # arguments of Trainer: root, cpu, precision, compile, tensorboard, save_minutes, deadline, progress
+    **changes,  # fields of Recipe
 ) -> dict:  # the record
     """Train one model, or go on with a run that was cut; a finished one is only read.
 
@@ -712,7 +712,7 @@ def eval_main(
     print(f"{checkpoint}: {split} {percent:.2f} % of {n:,} sequences")
 
 # %% ../nbs/09_train.ipynb #005079c6
-def experiments() -> dict:  # name -> arguments of `preset`
+def experiments() -> dict:  # name -> arguments of preset
     "The runs of this book, in the order in which they are made."
     kinds = [dict(model=model, positions=positions) for model in ("plain", "las") for positions in (None, "sinusoidal")]
     runs = [dict(task=task, seed=seed, **kind) for seed in range(3) for task in ("smnist", "pmnist") for kind in kinds]
@@ -723,7 +723,7 @@ def experiments() -> dict:  # name -> arguments of `preset`
 
 # %% ../nbs/09_train.ipynb #0de50463
 def status(
-    name: str,  # a key of `experiments()`
+    name: str,  # a key of experiments()
     out: Path,  # folder with the runs' folders
     results: Path,  # folder of results files
 ) -> tuple[str, str]:  # "finished", "failed", "cut" or "waiting"; details
