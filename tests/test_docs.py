@@ -1,5 +1,5 @@
 """Every page as a reader gets it, without Quarto: processed by nbdev, converted by pandoc, looked at by Chromium."""
-import base64, json, os, re, shutil, struct, subprocess, sys, zlib
+import base64, functools, json, os, re, shutil, struct, subprocess, sys, zlib
 from html.parser import HTMLParser
 from pathlib import Path
 import pytest, yaml
@@ -72,7 +72,11 @@ def site(tmp_path_factory):
 def html_name(stem): return re.sub(r"^\d+_", "", stem) + ".html"  # nbdev leaves the number out of the address
 
 
-def page(site, stem): return Page((site / html_name(stem)).read_text(encoding="utf-8"))
+@functools.cache
+def parsed(path): return Page(path.read_text(encoding="utf-8"))
+
+
+def page(site, stem): return parsed(site / html_name(stem))
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
@@ -90,7 +94,7 @@ def test_links_lead_somewhere(site, path):
             target = html_name(target[:-6])
         target = site / (target or html_name(path.stem))
         assert target.exists(), f"{path.name}: {link} leads nowhere"
-        if anchor: assert anchor in Page(target.read_text(encoding="utf-8")).ids, f"{path.name}: no #{anchor} on {target.name}"
+        if anchor: assert anchor in parsed(target).ids, f"{path.name}: no #{anchor} on {target.name}"
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
