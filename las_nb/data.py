@@ -33,6 +33,7 @@ class Batch(NamedTuple):
 class DataError(Exception):
     "Data are missing or damaged; the message says where and what to do."
 
+# %% ../nbs/08_data.ipynb #c08caa7f
 def data_root(
     root: str | Path | None = None,  # a folder; by default `LAS_NB_DATA`, else the user's cache
 ) -> Path:
@@ -88,6 +89,7 @@ def shuffled(
     import numpy as np
     return torch.from_numpy(np.random.RandomState(seed).permutation(n)).long()
 
+# %% ../nbs/08_data.ipynb #57e0a83d
 def hold_out(
     train: Batch,  # an official training set
     share: float = .1,  # of the sequences
@@ -111,6 +113,7 @@ def mnist(
     train, valid = hold_out(read("train"))
     return dict(train=train, valid=valid, test=read("t10k"))
 
+# %% ../nbs/08_data.ipynb #fa992ca5
 def small_digits(root: Path | None = None) -> dict:  # needs no files
     "The 8x8 digits of the last chapter: 1212, 135 and 450 sequences `(64, 1)`."
     d = digits_data()
@@ -128,6 +131,7 @@ class Task(NamedTuple):
 TASKS = {"digits": Task(small_digits, 10, in_features=1), "smnist": Task(mnist, 10, in_features=1),
          "pmnist": Task(lambda root: mnist(root, permuted=True), 10, in_features=1)}
 
+# %% ../nbs/08_data.ipynb #c5965ac9
 def load_task(
     name: str,  # a key of `TASKS`
     root: str | Path | None = None,  # where files lie; see data_root
@@ -154,6 +158,7 @@ def batches(
     if order is None: order = torch.arange(len(split.labels))
     for i in order.to(split.labels.device).split(size)[start:]: yield split.rows(i[share])
 
+# %% ../nbs/08_data.ipynb #14dccc98
 def epoch_order(
     n: int,  # sequences
     seed: int,  # of the run

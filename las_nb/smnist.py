@@ -53,6 +53,7 @@ def expected(
         bands.append((max(0., min(values) - slack), max(values) + slack if curve == "loss" else min(100., max(values) + slack)))
     return bands
 
+# %% ../nbs/10_smnist.ipynb #33327c98
 def judge(
     record: dict,  # of a run, as in its results.json
     runs: list[dict],  # records on file

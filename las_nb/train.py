@@ -76,6 +76,7 @@ class Recipe:
 # %% ../nbs/09_train.ipynb #c51291bd
 PRESETS = {"digits": dict(dim=48, norm="layer", max_rate=.3, epochs=30, batch_size=32, lr=4e-3), "smnist": dict(), "pmnist": dict()}
 
+# %% ../nbs/09_train.ipynb #d5554e59
 def preset(
     task: str,  # a key of `TASKS`
     **changes,  # fields of Recipe that shall differ from the preset
@@ -97,6 +98,7 @@ def run_name(recipe: Recipe) -> str:  # such as "smnist-las-none-0"
     "A short name for a run."
     return f"{recipe.task}-{recipe.model}-{recipe.positions or 'none'}-{recipe.seed}"
 
+# %% ../nbs/09_train.ipynb #8e7e4fec
 def command_line(recipe: Recipe) -> str:
     "The command that repeats a run."
     usual = preset(recipe.task, model=recipe.model)
@@ -105,6 +107,7 @@ def command_line(recipe: Recipe) -> str:
         return f"--{name} {str(value).lower() if value is None or isinstance(value, bool) else value}"
     return " ".join(["las_train", recipe.task, *(["--model plain"] if recipe.model == "plain" else []), *(text(n, getattr(recipe, n)) for n in changed)])
 
+# %% ../nbs/09_train.ipynb #66ff298e
 def build(recipe: Recipe) -> LaSTransformer:  # on the CPU
     "The untrained model of a recipe; the same seed gives the same weights."
     task, known = TASKS[recipe.task], set(LaSTransformer(2, 4, 1, 2, vocab=2).config)
@@ -125,6 +128,7 @@ def learning_rate(
     if recipe.schedule == "cosine": return recipe.lr * .5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
     return recipe.lr * .5 ** drops if recipe.schedule == "plateau" else recipe.lr
 
+# %% ../nbs/09_train.ipynb #f04e437c
 def plateau_drops(
     scores: list[float],  # validation accuracy, epoch by epoch
     patience: int,  # epochs without a better one
@@ -165,19 +169,24 @@ def best_precision(cpu: bool = False) -> str:  # "bf16", "fp16" or "no"
 class TrainingError(Exception):
     "A run cannot start or go on; the message says why and what to do."
 
+# %% ../nbs/09_train.ipynb #ab5648a0
 class NotFinite(TrainingError):
     "The loss or its gradient became NaN or infinite."
 
+# %% ../nbs/09_train.ipynb #fb8c4751
 class InUse(TrainingError):
     "Another process is training in this folder."
 
+# %% ../nbs/09_train.ipynb #47f52d82
 class CannotWrite(TrainingError):
     "The disk is full, or may not be written."
 
+# %% ../nbs/09_train.ipynb #99fe1be7
 def checkpoints(out: Path) -> list[Path]:
     "The whole checkpoints of a run, oldest first."
     return sorted((p for p in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", p.name) and p.is_dir()), key=lambda p: int(p.name[11:]))
 
+# %% ../nbs/09_train.ipynb #829e1bc8
 def sync(folder: Path):
     "Make the names in a folder survive a power cut, where the system can."
     try: handle = os.open(folder, os.O_RDONLY)
@@ -185,6 +194,7 @@ def sync(folder: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/09_train.ipynb #7279a17f
 def save_checkpoint(
     out: Path,  # folder of the run
     tensors: dict,  # name -> tensor
@@ -217,6 +227,7 @@ def save_checkpoint(
     for p in old[:-1] if fits else old: shutil.rmtree(p)
     return final
 
+# %% ../nbs/09_train.ipynb #bb34463f
 def load_checkpoint(
     folder: Path,  # as from checkpoints
 ) -> tuple[dict, dict]:  # tensors, facts
@@ -226,10 +237,12 @@ def load_checkpoint(
     for name, digest in facts["sha256"].items(): tensors |= load(verified(folder / name, digest))
     return tensors, facts
 
+# %% ../nbs/09_train.ipynb #3c012c73
 def read_facts(folder: Path) -> dict:
     "What a checkpoint says apart from its tensors."
     return json.loads(verified(folder / "state.json", (folder / "state.sha256").read_text() if (folder / "state.sha256").exists() else ""))
 
+# %% ../nbs/09_train.ipynb #8317a855
 def verified(path, digest):
     "The content of a file; raises `TrainingError` when it is not what was written."
     try: content, why = path.read_bytes(), "it is not what was written"
@@ -243,6 +256,7 @@ class Stopped(Exception):
     "A run was cut, by a signal (its `number`) or by the clock (None); its state is saved."
     def __init__(self, message, number=None): super().__init__(message); self.number = number
 
+# %% ../nbs/09_train.ipynb #a600605d
 class Trainer:
     """Trains one recipe in one folder; what was cut goes on as if nothing had happened.
 
@@ -352,6 +366,7 @@ def save(self: Trainer):
     self.first(write)
     self.saved_at = time.monotonic()
 
+# %% ../nbs/09_train.ipynb #4a0b93fb
 @patch
 def restore(self: Trainer, folder):
     "Go to where a checkpoint was written."
@@ -368,6 +383,7 @@ def restore(self: Trainer, folder):
     except (RuntimeError, ValueError, KeyError) as e:
         raise TrainingError(f"{folder} does not fit this program: {str(e).splitlines()[0]}; delete it to start anew") from None
 
+# %% ../nbs/09_train.ipynb #f9539f85
 @patch
 def memory(self: Trainer) -> int:  # bytes
     "Peak memory: of the GPU, or, where there is none, of the process (with what it did before)."
@@ -398,6 +414,7 @@ def learn(self: Trainer, batch: Batch):
     self.sums = torch.stack([self.sums[0] + loss, self.sums[1] + hits, bad, self.sums[3] + weight * tokens, self.sums[4]])
     self.step += 1
 
+# %% ../nbs/09_train.ipynb #a71bc87b
 @patch
 def rate(self: Trainer, step):
     "The learning rate of a step of this run."
@@ -416,6 +433,7 @@ def look(self: Trainer) -> tuple:  # loss summed over the epoch so far, hits, to
                             f"try --lr {r.lr / 3:.1g}, a longer --warmup or a smaller --clip; {kept}")
     return sum(loss), sum(hits), sum(tokens), sum(right)
 
+# %% ../nbs/09_train.ipynb #ce908b09
 @patch
 def pause(self: Trainer):
     "Save when it is time; save and raise `Stopped` when the run must end."
@@ -455,6 +473,7 @@ def train_epoch(self: Trainer, bar) -> tuple:  # as look
     self.seconds += time.perf_counter() - start
     return sums
 
+# %% ../nbs/09_train.ipynb #ad86a91c
 @patch
 @torch.no_grad()
 def evaluate(self: Trainer, part: str) -> float:  # percent
@@ -472,6 +491,7 @@ def evaluate(self: Trainer, part: str) -> float:  # percent
     self.sums[4], self.checked = 0, 0
     return percent
 
+# %% ../nbs/09_train.ipynb #bfdcbb4f
 @patch
 def run(self: Trainer) -> dict:  # the record: what results.json holds
     "Train to the end, test, and write weights, curves and results."
@@ -497,10 +517,12 @@ def run(self: Trainer) -> dict:  # the record: what results.json holds
         if self.lock: self.lock.release()
         if self.tensorboard: self.accelerator.end_training()
 
+# %% ../nbs/09_train.ipynb #a704acc2
 @patch
 def log(self: Trainer, values):
     if self.tensorboard: self.accelerator.log(values, step=self.done)
 
+# %% ../nbs/09_train.ipynb #0795f470
 class listening:
     "While it lasts, SIGTERM and Ctrl-C make the trainer save and stop; a second one stops it at once."
     def __init__(self, trainer): self.trainer = trainer
@@ -524,6 +546,7 @@ def record(self: Trainer, test: float) -> dict:
                 tokens_per_s=self.tokens / self.seconds, peak_memory=self.memory(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 precision=", ".join(self.precisions), compile=self.compile, limit=r.limit)
 
+# %% ../nbs/09_train.ipynb #e3038c2e
 @patch
 def write(self: Trainer, record):
     "Weights, recipe, curves, results; then the checkpoints have served."
@@ -536,6 +559,7 @@ def write(self: Trainer, record):
     except OSError as e:
         raise CannotWrite(f"cannot write the results to {self.out} ({e.strerror}); the last checkpoint is whole: make room, then go on with --resume") from None
 
+# %% ../nbs/09_train.ipynb #38348cd2
 def draw_curves(record: dict) -> bytes:  # a PNG
     "Loss and accuracy by epoch."
     from matplotlib.figure import Figure
@@ -575,6 +599,7 @@ def train(
             return json.loads((out / "results.json").read_text())
     return Trainer(recipe, out, name=name, **options or {}).run()
 
+# %% ../nbs/09_train.ipynb #7c1680f6
 def stored_recipe(out: Path) -> Recipe | None:
     "The recipe of the run in a folder, if there is one."
     try:
@@ -600,6 +625,7 @@ def load_run(
         return model.eval(), recipe
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e: raise TrainingError(f"cannot read a model from {path}: {str(e).splitlines()[0]}") from None
 
+# %% ../nbs/09_train.ipynb #6e146422
 @torch.no_grad()
 def score(
     path: str | Path,  # a run's folder, or one of its checkpoints
@@ -741,6 +767,7 @@ def status(
         return "cut", f"in epoch {facts['epoch'] + 1} of {facts['recipe']['epochs']}"
     return "waiting", ""
 
+# %% ../nbs/09_train.ipynb #5d0540f2
 @call_parse
 def experiments_main(
     action: str,  # list or run
