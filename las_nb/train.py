@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'Recipe', 'preset', 'run_name', 'command_line', 'build', '
            'status', 'experiments_main']
 
 # %% ../nbs/09_train.ipynb #1d1df0f6
-import argparse, dataclasses, fnmatch, hashlib, importlib.util, inspect, io, json, math, os, re, shutil, signal, sys, threading, time, typing, warnings
+import argparse, dataclasses, fnmatch, gc, hashlib, importlib.util, inspect, io, json, math, os, re, shutil, signal, sys, threading, time, typing, warnings
 import torch, torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
@@ -805,6 +805,7 @@ def experiments_main(
                 for file in ("config.json", "model.safetensors"): replace_file(results / name / file, (out / name / file).read_bytes())
             (out / name / "failed.txt").unlink(missing_ok=True)
             print(summary(record), flush=True)
+            gc.collect()  # what the run held on the GPU
         def make_or_note():  # a run that cannot be made must not keep the others from being made
             try: make()
             except InUse as e: print(f"{name}: {e}", file=sys.stderr)
