@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'digits_data', 'accuracy', 'fit', 'make_model', 'RemoteBar', 'start_worker', 'run', 'compare', 'commit_id',
-           'groups', 'table', 'plot_curves', 'plot_maps', 'plot_summary', 'refuse', 'main']
+           'groups', 'mean_range', 'table', 'plot_curves', 'plot_maps', 'plot_summary', 'refuse', 'main']
 
 # %% ../nbs/07_digits.ipynb #a34fad97
 import functools, importlib.util, io, json, math, multiprocessing, os, signal, subprocess, sys, time
@@ -175,15 +175,22 @@ def groups(
     return found
 
 # %% ../nbs/07_digits.ipynb #e99b7489
+def mean_range(
+    values: list[float],  # one per seed
+    digits: int = 1,  # after the point
+) -> str:  # such as "90.3 (88.2 to 91.8)"
+    "The mean, and where there are several values their range."
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{spread}"
+
+# %% ../nbs/07_digits.ipynb #26079df4
 def table(
     runs: list[dict],  # records as from compare
 ) -> str:  # Markdown
     "Model, parameters, test accuracy (mean and range over seeds) and seconds, as a Markdown table."
     rows = ["| model | parameters | test accuracy (%) | seconds |", "|---|---:|---:|---:|"]
     for name, group in groups(runs).items():
-        acc = [r["test"] for r in group]
-        spread = f" ({min(acc):.1f} to {max(acc):.1f})" if len(acc) > 1 else ""
-        rows.append(f"| {name} | {group[0]['params']:,} | {sum(acc) / len(acc):.1f}{spread} | {sum(r['seconds'] for r in group) / len(group):.0f} |")
+        rows.append(f"| {name} | {group[0]['params']:,} | {mean_range([r['test'] for r in group])} | {sum(r['seconds'] for r in group) / len(group):.0f} |")
     return "\n".join(rows)
 
 # %% ../nbs/07_digits.ipynb #c9ac03b2

@@ -8,7 +8,7 @@ __all__ = ['load_results', 'score_table', 'expected', 'judge']
 # %% ../nbs/10_smnist.ipynb #b07a348e
 import json, math, statistics
 from pathlib import Path
-from .digits import groups
+from .digits import groups, mean_range
 from .train import TrainingError
 
 # %% ../nbs/10_smnist.ipynb #e76def37
@@ -31,10 +31,8 @@ def score_table(
     rows = ["| model | seeds | test accuracy (%) | validation (%) | parameters | s per epoch | tokens/s | GPU memory (GiB) |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     def mean(group, key): return statistics.mean(r[key] for r in group)
     for name, group in groups(runs).items():
-        test = [r["test"] for r in group]
-        spread = f" ({min(test):.2f} to {max(test):.2f})" if len(test) > 1 else ""
         memory = f"{mean(group, 'peak_memory') / 2**30:.2f}" if all(r["device"] != "cpu" for r in group) else "-"  # a CPU process counts its earlier runs too
-        rows.append(f"| {name} | {len(group)} | {mean(group, 'test'):.2f}{spread} | {mean(group, 'valid'):.2f} | {group[0]['params']:,} | {mean(group, 'seconds_per_epoch'):.1f} | {mean(group, 'tokens_per_s'):,.0f} | {memory} |")
+        rows.append(f"| {name} | {len(group)} | {mean_range([r['test'] for r in group], 2)} | {mean(group, 'valid'):.2f} | {group[0]['params']:,} | {mean(group, 'seconds_per_epoch'):.1f} | {mean(group, 'tokens_per_s'):,.0f} | {memory} |")
     return "\n".join(rows)
 
 # %% ../nbs/10_smnist.ipynb #d3843fda

@@ -260,7 +260,7 @@ class Stopped(Exception):
 class Trainer:
     """Trains one recipe in one folder; what was cut goes on as if nothing had happened.
 
-    Raises `TrainingError` when it cannot start: the folder holds another run, cannot be written, or is in use.
+    Raises `TrainingError` when it cannot start: the folder cannot be written or is in use, or its checkpoint is damaged.
     Works under `accelerate launch` and torchrun on several devices."""
     def __init__(
         self,
@@ -800,9 +800,9 @@ def experiments_main(
         if deadline is not None and time.monotonic() > deadline - (90 if compile else 30): break  # too late to begin
         def make():
             record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline))
-            replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())
             if record["seed"] == 0 and (out / name / "model.safetensors").stat().st_size < 1_000_000:  # small weights are kept for the pages
                 for file in ("config.json", "model.safetensors"): replace_file(results / name / file, (out / name / file).read_bytes())
+            replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())  # last: it says that the run is finished
             (out / name / "failed.txt").unlink(missing_ok=True)
             print(summary(record), flush=True)
             gc.collect()  # what the run held on the GPU
