@@ -15,7 +15,8 @@ def attention_scores(
 ) -> torch.Tensor:  # `(..., L, L)`, float32 at least
     "Scaled dot products `s_ij = q_i . k_j / sqrt(D)`."
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.to(wide) / math.sqrt(q.shape[-1]) @ k.to(wide).transpose(-2, -1)  # (..., L, D) @ (..., D, L)
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the product to half precision
+        return q.to(wide) / math.sqrt(q.shape[-1]) @ k.to(wide).transpose(-2, -1)  # (..., L, D) @ (..., D, L)
 
 # %% ../nbs/01_attention.ipynb #1b9bbaae
 def causal_mask(
@@ -48,9 +49,8 @@ def check_qkv(
     v: torch.Tensor,  # values, shaped like `q` but for the last axis
 ):
     "Raise `ValueError` unless `q`, `k` and `v` belong together."
-    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim < 2 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1] or 0 in q.shape:
-        raise ValueError(f"q, k and v must share the shape (..., L, D) with no axis empty; {shapes}")
+        raise ValueError(f"q, k and v must share the shape (..., L, D) with no axis empty; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
 

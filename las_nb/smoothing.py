@@ -51,12 +51,12 @@ def key_mask(
 ) -> torch.Tensor:  # boolean `(B, L)`, True = real token
     """Which positions of a right-padded batch are real.
 
-    Raises `ValueError` for other shapes, dtypes or values. Values that lie on a GPU are not read: that would
-    make every call wait."""
+    Raises `ValueError` for other shapes, dtypes or values. Values are not read on a GPU, where every call would
+    wait for them, nor by torch.compile."""
     if lengths.ndim != 1 or lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"lengths must be whole numbers of shape (B,); got {lengths.dtype} {tuple(lengths.shape)}")
     if len(lengths) != B: raise ValueError(f"lengths must have shape ({B},), one per sequence; got {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= L)).all()):
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((lengths >= 1) & (lengths <= L)).all()):
         raise ValueError(f"lengths must lie between 1 and {L}; got {lengths.tolist()}")
     if device is not None: lengths = lengths.to(device)
     return torch.arange(L, device=lengths.device) < lengths[:, None]  # (L,) < (B, 1)
@@ -121,15 +121,20 @@ def smooth_keys(
     k: torch.Tensor,  # keys `(..., H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
     window: int,  # W
+    future: int = 0,  # how many of the W keys lie ahead of key `j`; 0 = the causal window
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded with zeros; then `k` starts with B
 ) -> torch.Tensor:  # `(..., H, L, D)`
-    """Causal key filter `k~_j = mean over t = 0 .. n_j - 1 of exp(-alpha t) k_{j-t}`, with `n_j = min(W, j + 1)`.
+    """Key filter `k~_j = mean of exp(-alpha t) k_{j+future-t}` over the keys that exist among `t = 0 .. W - 1`.
 
-    Raises `ValueError` for a window below 1 or rates that are not `(H,)`."""
-    past, _ = window_sides(window)
+    Raises `ValueError` for a window below 1, a `future` outside it, or rates that are not `(H,)`."""
+    past = window_sides(window)[0] - future
+    if past < 0 or future < 0: raise ValueError(f"future must lie between 0 and {window - 1}; got {future!r}")
     if k.ndim < 3: raise ValueError(f"k must have shape (..., H, L, D); got {tuple(k.shape)}")
     check_rates(rates, k.shape[-3])
+    if window == 1: return k
     L, x = k.shape[-2], k.to(torch.promote_types(k.dtype, torch.float32))
-    alpha, out = rates.to(x)[:, None, None], x  # (H, 1, 1)
-    for t in range(1, min(past, L - 1) + 1): out = out + torch.exp(-alpha * t) * F.pad(x, (0, 0, t, -t))  # x, t steps later
-    n = torch.arange(1, L + 1, device=x.device).clamp_max(window)  # n_j
-    return (out / n[:, None]).to(k.dtype)  # (..., H, L, D) / (L, 1)
+    alpha, out = rates.to(x.device, torch.float64)[:, None, None], 0  # (H, 1, 1)
+    for t in range(max(-past, 1 - L), min(future, L - 1) + 1):  # x, t steps earlier
+        out = out + torch.exp(-alpha * (future - t)).to(x.dtype) * F.pad(x, (0, 0, -t, t))
+    n = window_sum(real_keys(x[..., 0], lengths), past, future).clamp_min(1)  # n_j
+    return (out / n[..., None]).to(k.dtype)  # (..., H, L, D) / (L, 1)

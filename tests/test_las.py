@@ -3,7 +3,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from las_nb.attention import attention, causal_mask
-from las_nb.las import LaSAttention, las_attention, las_weights
+from las_nb.fast import las_attention
+from las_nb.las import las_dense, las_weights
+from las_nb.model import LaSAttention
 from las_nb.locality import decay_rates, distance_matrix, locality_kernel
 from las_nb.smoothing import pooling_matrix, smooth_keys, smooth_scores, smooth_values, smooth_weights
 import naive
@@ -34,7 +36,7 @@ def test_equals_the_naive_loop(problem, W, pool, causal, dtype, scale):
     B, H, L, D, rates, lengths, seed = problem
     if dtype in (torch.float16, torch.bfloat16): scale = min(scale, 1.)
     a = qkv(B, H, L, D, seed, dtype, scale)
-    out = las_attention(*a, rates, W, pool, causal, lengths)
+    out = las_dense(*a, rates, W, pool, causal, lengths)
     assert out.dtype == dtype and out.shape == (B, H, L, D) and out.isfinite().all()
     want = torch.tensor(naive.las(*numpy(a), rates, W, pool, causal, lengths))
     for b in range(B):
@@ -51,10 +53,10 @@ def test_padding_never_matters(problem, W, pool, causal):
     dirty = [t.clone() for t in a]
     for t in dirty:
         for b in range(B): t[b, :, lengths[b]:] = math.nan
-    out = las_attention(*dirty, rates, W, pool, causal, lengths)
+    out = las_dense(*dirty, rates, W, pool, causal, lengths)
     for b in range(B):
         n = int(lengths[b])
-        alone = las_attention(*(t[b:b + 1, :, :n] for t in a), rates, W, pool, causal)
+        alone = las_dense(*(t[b:b + 1, :, :n] for t in a), rates, W, pool, causal)
         torch.testing.assert_close(out[b:b + 1, :, :n], alone, rtol=0, atol=1e-12)
 
 
@@ -65,7 +67,7 @@ def test_past_does_not_move(problem, W, pool, data):
     cut = data.draw(st.integers(0, L))
     a, b = qkv(B, H, L, D, seed), qkv(B, H, L, D, seed + 1, scale=30.)
     mixed = [torch.cat([x[:, :, :cut], y[:, :, cut:]], 2) for x, y in zip(a, b)]
-    assert torch.equal(las_attention(*a, rates, W, pool)[:, :, :cut], las_attention(*mixed, rates, W, pool)[:, :, :cut])
+    assert torch.equal(las_dense(*a, rates, W, pool)[:, :, :cut], las_dense(*mixed, rates, W, pool)[:, :, :cut])
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,10 +90,10 @@ def test_identities(problem, W):
     B, H, L, D, rates, _, seed = problem
     q, k, v = qkv(B, H, L, D, seed)
     for causal in (True, False):
-        torch.testing.assert_close(las_attention(q, k, v, rates, W, "weights", causal),
-                                   las_attention(q, k, smooth_values(v, W, causal), rates, 1, causal=causal), rtol=0, atol=1e-12)
-    torch.testing.assert_close(las_attention(q, k, v, rates, W, "scores"),
-                               las_attention(q, smooth_keys(k, rates, W), v, rates, 1), rtol=0, atol=1e-11)
+        torch.testing.assert_close(las_dense(q, k, v, rates, W, "weights", causal),
+                                   las_dense(q, k, smooth_values(v, W, causal), rates, 1, causal=causal), rtol=0, atol=1e-12)
+    torch.testing.assert_close(las_dense(q, k, v, rates, W, "scores"),
+                               las_dense(q, smooth_keys(k, rates, W), v, rates, 1), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -99,7 +101,7 @@ def test_identities(problem, W):
 def test_the_plain_corner_is_sdpa(dtype, causal):
     a = qkv(2, 3, 31, 8, dtype=dtype)
     want = sdpa(*(t.double() for t in a), is_causal=causal).to(dtype)
-    for got in (las_attention(*a, torch.zeros(3), 1, "scores", causal), las_attention(*a, torch.zeros(3), 1, "weights", causal),
+    for got in (las_dense(*a, torch.zeros(3), 1, "scores", causal), las_dense(*a, torch.zeros(3), 1, "weights", causal),
                 attention(*a, causal)):
         torch.testing.assert_close(got, want, rtol=0, atol=EPS[dtype])
 
@@ -111,7 +113,7 @@ def test_gradcheck(pool, causal, lengths):
     a = [t.requires_grad_() for t in qkv(2, 2, 5, 3)]
     rates = torch.tensor([.05, .3], dtype=torch.float64, requires_grad=True)
     def f(q, k, v, r):
-        out = las_attention(q, k, v, r, 3, pool, causal, lengths)
+        out = las_dense(q, k, v, r, 3, pool, causal, lengths)
         return out if lengths is None else torch.cat([out[0], out[1, :, :2].repeat(1, 3, 1)[:, :5]])
     assert torch.autograd.gradcheck(f, (*a, rates))
 
@@ -132,7 +134,7 @@ def test_large_scores_stay_finite():
         q, k, v = qkv(1, 2, 20, 8, dtype=dtype, scale=60.)
         q = q.requires_grad_()
         for pool in ("scores", "weights"):
-            out = las_attention(q, k, v, torch.tensor([0., .3]), 3, pool)
+            out = las_dense(q, k, v, torch.tensor([0., .3]), 3, pool)
             (grad,) = torch.autograd.grad(out.sum(), q)
             assert out.isfinite().all() and grad.isfinite().all()
 

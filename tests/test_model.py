@@ -1,6 +1,6 @@
 import itertools
 import pytest, torch
-from las_nb.las import LaSAttention
+from las_nb.model import LaSAttention
 from las_nb.model import LaSTransformer, count_parameters, pool_positions
 
 GRID = list(itertools.product(["layer", "batch"], [True, False], ["scores", "weights"], [None, "sinusoidal", "learned"]))
