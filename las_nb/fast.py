@@ -7,7 +7,8 @@ __all__ = ['LIMIT', 'aten', 'TOL', 'METHODS', 'COSTS', 'safe_limit', 'rescale', 
            'lower_right', 'kernel_for', 'flash', 'flash_backward', 'far_error', 'far_delta', 'Band', 'far_field',
            'DecayedWindows', 'one_sided', 'score_bounds', 'fit_band', 'merge', 'shift', 'flip_real', 'diagonal_scores',
            'between', 'two_sided', 'compiled_flex', 'flex_attend', 'Group', 'cost', 'join_groups', 'plan', 'round_up',
-           'plan_call', 'attend', 'fold_chunks', 'unfold_chunks', 'las_fast', 'check_call', 'las_attention']
+           'plan_call', 'plain_sdpa', 'attend', 'fold_chunks', 'unfold_chunks', 'las_fast', 'check_call',
+           'las_attention']
 
 # %% ../nbs/06_fast.ipynb #fb6abb2f
 import functools, math, torch, torch.nn.functional as F
@@ -83,7 +84,7 @@ def lower_right(b, K, dtype=torch.float32, device=None):
 def kernel_for(x):
     "Which of torch's fused kernels takes `x`; `None` = plain matrix products."
     if x.device.type == "cpu": return "cpu"
-    if x.device.type != "cuda" or x.dtype == torch.float64 or x.shape[-1] > 248: return None
+    if x.device.type != "cuda" or x.dtype == torch.float64 or x.shape[-1] > 248 or x.shape[-1] % 8: return None
     return "flash" if x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0) else "efficient"
 
 # %% ../nbs/06_fast.ipynb #fc91b6f0
@@ -186,7 +187,7 @@ class DecayedWindows(torch.autograd.Function):
     def backward(ctx, g, g_lse):
         q, k, v, rates, far_o, far_lse, o, lse = ctx.saved_tensors
         N, D, b = q.shape[:2], q.shape[-1], ctx.b
-        g = torch.zeros_like(o) if g is None else g.unflatten(2, (-1, b))
+        g = torch.zeros_like(o) if g is None else g.unflatten(2, (-1, b)).contiguous()
         *x, qf, kf = tiles(q, k, v, rates, b)
         args = [t.flatten(0, 1) for t in (g,)] + x + [o.flatten(0, 1)]  # g, q, k, v, o
         if g_lse is not None:  # the denominator's gradient travels as one more value, which is 1 for every key
@@ -427,10 +428,18 @@ def plan_call(q, k, rates, method, tol, score_bound):
     return groups, None
 
 # %% ../nbs/06_fast.ipynb #f91dfb14
-def attend(group, q, k, v, rates, window, causal, lengths):
+def plain_sdpa(q, k, v, window, causal, lengths):
+    "Heads without decay: torch's attention, on averaged keys."
+    if not causal: k = smooth_values(k, window, causal, lengths)  # one filter for both sides, where nothing decays
+    mask = None if causal or lengths is None else key_mask(lengths, *k.shape[:3:2], k.device)[:, None, None]  # (B, 1, 1, L)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+# %% ../nbs/06_fast.ipynb #12c592df
+def attend(group, q, k, v, rates, window, causal, lengths, decays=True):
     "The heads of one group; causal keys come smoothed, and `window` is 1."
     if group.method == "dense": return las_dense(q, k, v, rates, window, "scores", causal, lengths)
     if group.method == "flex": return flex_attend(q, k, v, rates, window, causal, lengths)
+    if group.method == "sdpa" and not decays: return plain_sdpa(q, k, v, window, causal, lengths)
     if group.method == "sdpa" and causal: return decayed_sdpa(q, k, v, rates)
     dtype = q.dtype
     if group.band and dtype == torch.float16: q, k, v = q.float(), k.float(), v.float()  # its exponents are too few for a band
@@ -460,7 +469,7 @@ def las_fast(q, k, v, rates, values, window, pool, causal, lengths, method, tol,
     if order != list(range(H)): q, k, v, rates = *(t[:, order] for t in (q, k, v)), rates[order]
     sizes = [len(g.heads) for g in groups]
     pieces = zip(groups, *(t.split(sizes, 1) for t in (q, k, v)), rates.split(sizes))
-    o = torch.cat([attend(g, *piece, window, causal, lengths) for g, *piece in pieces], 1)
+    o = torch.cat([attend(g, *piece, window, causal, lengths, any(values[h] for h in g.heads)) for g, *piece in pieces], 1)
     if order != list(range(H)): o = o[:, sorted(range(H), key=order.__getitem__)]
     if kept is not None: o = o.masked_fill(~kept, math.nan)
     return o[..., :Dv]

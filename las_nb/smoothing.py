@@ -135,6 +135,6 @@ def smooth_keys(
     L, x = k.shape[-2], k.to(torch.promote_types(k.dtype, torch.float32))
     alpha, out = rates.to(x.device, torch.float64)[:, None, None], 0  # (H, 1, 1)
     for t in range(max(-past, 1 - L), min(future, L - 1) + 1):  # x, t steps earlier
-        out = out + torch.exp(-alpha * (future - t)).to(x.dtype) * F.pad(x, (0, 0, -t, t))
+        out = out + torch.exp(-alpha * (future - t)).to(x.dtype) * (F.pad(x, (0, 0, -t, t)) if t else x)
     n = window_sum(real_keys(x[..., 0], lengths), past, future).clamp_min(1)  # n_j
     return (out / n[..., None]).to(k.dtype)  # (..., H, L, D) / (L, 1)
