@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LIMIT', 'aten', 'TOL', 'METHODS', 'COSTS', 'safe_limit', 'rescale', 'decayed_sdpa', 'windows', 'overlap_add', 'tiles',
            'lower_right', 'kernel_for', 'flash', 'flash_backward', 'far_error', 'far_delta', 'Band', 'far_field',
-           'DecayedWindows', 'one_sided', 'score_bounds', 'fit_band', 'merge', 'shift', 'flip_real', 'diagonal_scores',
-           'between', 'two_sided', 'compiled_flex', 'flex_attend', 'Group', 'cost', 'join_groups', 'plan', 'round_up',
-           'plan_call', 'plain_sdpa', 'attend', 'fold_chunks', 'unfold_chunks', 'las_fast', 'check_call',
-           'las_attention']
+           'DecayedWindows', 'one_sided', 'score_bounds', 'near_keys', 'serves', 'fit_band', 'merge', 'shift',
+           'flip_real', 'diagonal_scores', 'between', 'two_sided', 'compiled_flex', 'flex_attend', 'Group', 'cost',
+           'join_groups', 'plan', 'round_up', 'plan_call', 'plain_sdpa', 'attend', 'fold_chunks', 'unfold_chunks',
+           'las_fast', 'check_limits', 'check_call', 'las_attention']
 
 # %% ../nbs/06_fast.ipynb #fb6abb2f
 import functools, math, torch, torch.nn.functional as F
@@ -78,7 +78,7 @@ def tiles(q, k, v, rates, b):
 def lower_right(b, K, dtype=torch.float32, device=None):
     "Additive mask `(b, K)`: the last query sees all keys, the one before it one key less, and so on."
     hidden = torch.ones(b, K, dtype=torch.bool, device=device).triu(K - b + 1)
-    return torch.zeros(b, K, dtype=dtype, device=device).masked_fill(hidden, -math.inf)
+    return F.pad(torch.zeros(b, K, dtype=dtype, device=device).masked_fill(hidden, -math.inf), (0, -K % 8))[:, :K]  # rows start where GPUs like it
 
 # %% ../nbs/06_fast.ipynb #90d066db
 def kernel_for(x):
@@ -98,8 +98,9 @@ def flash(q, k, v, scale):
         o, lse, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0., True, False, scale=scale)
         return o, lse, rest[:6]
     if kind == "efficient":
-        o, lse, *rest = aten._efficient_attention_forward(*(t.transpose(1, 2) for t in (q, k, v)), *[None] * 5, 0., 2, True, scale=scale)
-        return o.transpose(1, 2), lse[..., :b], rest
+        mask = None if b == K else lower_right(b, K, q.dtype, q.device).expand(*q.shape[:2], b, K)
+        o, lse, *rest = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0., b == K, scale=scale)
+        return o, lse[..., :b], (mask, *rest)
     s = (q @ k.transpose(-2, -1) * scale).to(torch.promote_types(q.dtype, torch.float32)) + lower_right(b, K, device=q.device)
     lse = s.logsumexp(-1)
     return (s - lse[..., None]).exp().to(v.dtype) @ v, lse, ()
@@ -111,10 +112,8 @@ def flash_backward(g, q, k, v, o, lse, rest, scale):
     if kind == "cpu": return aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, lse, 0., b == K, attn_mask=rest[0], scale=scale)
     if kind == "flash": return aten._scaled_dot_product_flash_attention_backward(g, q, k, v, o, lse, *rest[:4], 0., True, *rest[4:], scale=scale)
     if kind == "efficient":
-        lse = F.pad(lse, (0, -b % 32), value=math.inf)  # this kernel wants rows in multiples of 32
-        a = [t.transpose(1, 2) for t in (g, q, k, v, o)]
-        grads = aten._efficient_attention_backward(*a[:4], None, a[4], None, None, *rest[2:], lse, 0., *rest[:2], 2, False, scale=scale)
-        return [t.transpose(1, 2) for t in grads[:3]]
+        lse, mask, *rest = F.pad(lse, (0, -b % 32), value=math.inf), *rest  # this kernel wants rows in multiples of 32
+        return aten._scaled_dot_product_efficient_attention_backward(g, q, k, v, mask, o, lse, *rest, 0., [True, True, True, False], b == K, scale=scale)[:3]
     s = (q @ k.transpose(-2, -1) * scale).to(lse.dtype) + lower_right(b, K, device=q.device)
     p = (s - lse[..., None]).exp()  # (N, n, b, K)
     ds = p * (g @ v.transpose(-2, -1) - (g * o).sum(-1, keepdim=True)).to(p.dtype) * scale
@@ -226,6 +225,18 @@ def score_bounds(
     return q * k / root
 
 # %% ../nbs/06_fast.ipynb #09b07ca4
+def near_keys(rate, bound, tol, order=0):
+    "How many keys before its own a query must take as near."
+    return max(0, math.ceil(math.log(max(bound / far_delta(tol, order), 1)) / rate) - 1)
+
+# %% ../nbs/06_fast.ipynb #4497b622
+def serves(band, rate, bound, tol, dtype):
+    "Is a band that was made for another head wide enough for this one, and its exponents small enough?"
+    cap = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)
+    return (near_keys(rate, bound, tol, 1 if band.zone else 0) <= band.reach and near_keys(rate, bound, tol) <= band.reach + band.zone * band.block
+            and rate * (band.reach + band.block - 1) <= cap)
+
+# %% ../nbs/06_fast.ipynb #915c23a7
 def fit_band(
     rate: float,  # alpha, per step
     L: int,  # sequence length
@@ -238,12 +249,12 @@ def fit_band(
     "The smallest band that keeps the error of a head below `tol`."
     if tol <= 0 or rate == 0: return None
     cap = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)  # bands of float16 are computed in float32
-    near = [max(0, math.ceil(math.log(max(bound / far_delta(tol, o), 1)) / rate) - 1) for o in (0, order)]  # farther keys are far
-    b = max(unit, -(-near[1] // (4 * unit)) * unit)
-    while b > 1 and rate * (-(-near[1] // b) * b + b) > cap: b -= max(1, b // 8)
-    reach = -(-near[1] // b) * b
+    near = near_keys(rate, bound, tol, order)
+    b = max(unit, -(-near // (4 * unit)) * unit)
+    while b > 1 and rate * (-(-near // b) * b + b) > cap: b -= max(1, b // 8)
+    reach = -(-near // b) * b
     if reach + b >= L or rate * (reach + b - 1) > cap: return None
-    return Band(b, reach, max(0, -(-(near[0] - reach) // b)) if order else 0)
+    return Band(b, reach, max(0, -(-(near_keys(rate, bound, tol) - reach) // b)) if order else 0)
 
 # %% ../nbs/06_fast.ipynb #7aef0e84
 def merge(parts):
@@ -360,17 +371,15 @@ def cost(group, L, batch=1, costs=(1, 0, 0)):
     return batch * len(group.heads) * L * keys + (call if band else 0)
 
 # %% ../nbs/06_fast.ipynb #d3c5e9f1
-def join_groups(groups, L, batch, costs, rates, bound, dtype):
-    "Heads of one method together; a faster head joins the band of a slower one where that is cheaper than a call of its own."
+def join_groups(groups, fits, price):
+    "Heads of one method together; a head joins the band of the one before it, where that `fits` and a call of its own has a higher `price`."
     joined = []
     for method in ("sdpa", "dense"):
         if heads := tuple(h for g in groups if g.method == method for h in g.heads): joined.append(Group(method, heads))
-    limit = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)
     for g in (g for g in groups if g.band):
         last = joined[-1] if joined and joined[-1].band else None
-        both = last and Group("linear", last.heads + g.heads, last.band)
-        fits = last and rates[g.heads[0]] * (last.band.block + last.band.reach) <= limit
-        if fits and cost(both, L, batch, costs) <= cost(last, L, batch, costs) + cost(g, L, batch, costs): joined[-1] = both
+        both = last and last._replace(heads=last.heads + g.heads)
+        if last and fits(last.band, g.heads[0]) and price(both) <= price(last) + price(g): joined[-1] = both
         else: joined.append(g)
     return joined
 
@@ -394,16 +403,14 @@ def plan(
     if method == "auto" and small: method = "dense"
     if method in ("dense", "flex"): return [Group(method, tuple(range(H)))]
     costs = COSTS["linear"] if method == "linear" else COSTS.get(device, COSTS["cuda"])
-    best = []
+    bounds, price, best = bounds or (1.,) * H, functools.partial(cost, L=L, batch=batch, costs=costs), []
     for h in sorted(range(H), key=lambda h: rates[h]):
-        bound = bounds[h] if bounds else 1.
-        exact, limit = [], safe_limit(dtype, bound)
+        exact, limit = [], safe_limit(dtype, bounds[h])
         if rates[h] * L <= limit: exact = [Group("sdpa", (h,))]
         elif method == "sdpa": raise ValueError(f"method 'sdpa' needs rate * L <= {limit:.0f} in {str(dtype)[6:]}; head {h} has {rates[h]:.3g} * {L}: use 'linear' or 'auto'")
-        bands = [] if method == "sdpa" else [fit_band(rates[h], L, bound, tol, order, dtype, 16 if device == "cpu" else 64) for order in (0, 1)]
-        choices = exact + [Group("linear", (h,), band) for band in bands if band]
-        best.append(min(choices, key=lambda g: cost(g, L, batch, costs), default=Group("dense", (h,))))
-    return join_groups(best, L, batch, costs, rates, max(bounds) if bounds else 1., dtype)
+        bands = [] if method == "sdpa" else [fit_band(rates[h], L, bounds[h], tol, order, dtype, 16 if device == "cpu" else 64) for order in (0, 1)]
+        best.append(min(exact + [Group("linear", (h,), band) for band in bands if band], key=price, default=Group("dense", (h,))))
+    return join_groups(best, lambda band, h: serves(band, rates[h], bounds[h], tol, dtype), price)
 
 # %% ../nbs/06_fast.ipynb #dadf7527
 def round_up(bound): return 4. ** math.ceil(math.log(max(bound, 1), 4)) if math.isfinite(bound) else 1.  # so that a plan does not change with every batch
@@ -416,7 +423,7 @@ def plan_call(q, k, rates, method, tol, score_bound):
         groups = make(bounds=None)
         if max(rates) * q.shape[2] <= .7 * LIMIT[q.dtype] and all(g.method != "linear" for g in groups): return groups, None
         return make(bounds=tuple(round_up(s) for s in score_bounds(q, k).tolist())), None
-    bounds = (score_bound,) * len(rates) if isinstance(score_bound, (int, float)) else tuple(score_bound)
+    bounds = tuple(score_bound) if isinstance(score_bound, (tuple, list)) else (score_bound,) * len(rates)
     groups = make(bounds=bounds)
     if not any(g.band for g in groups): return groups, None
     found = score_bounds(q, k)
@@ -475,19 +482,24 @@ def las_fast(q, k, v, rates, values, window, pool, causal, lengths, method, tol,
     return o[..., :Dv]
 
 # %% ../nbs/06_fast.ipynb #6e55808d
+def check_limits(tol, score_bound, chunk, n_heads):
+    "Raise `ValueError` for a tolerance, bound or block length that is not allowed."
+    if tol is not None and not 0 <= tol < 1: raise ValueError(f"tol must lie between 0 and 1; got {tol!r}")
+    bounds = score_bound if isinstance(score_bound, (tuple, list)) else (1. if score_bound is None else score_bound,) * n_heads
+    if len(bounds) != n_heads or not all(0 < s < math.inf for s in bounds):
+        raise ValueError(f"score_bound must be a finite number > 0, or {n_heads} of them, one per head; got {score_bound!r}")
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1): raise ValueError(f"chunk must be a whole number >= 1; got {chunk!r}")
+
+# %% ../nbs/06_fast.ipynb #86fa4cbf
 def check_call(q, k, v, rates, window, pool, method, tol, score_bound, chunk):
     "Raise `ValueError` for arguments of `las_attention` that are not allowed."
     if q.ndim != 4: raise ValueError(f"q, k and v must have shape (B, H, L, D); got q {tuple(q.shape)}")
     check_qkv(q, k, v); window_sides(window); check_choice("pool", pool, POOLS); check_choice("method", method, METHODS)
-    if isinstance(rates, torch.Tensor): check_rates(rates, q.shape[1])
-    elif len(rates) != q.shape[1] or not all(0 <= r < math.inf for r in rates): raise ValueError(f"rates must be {q.shape[1]} finite numbers >= 0, one per head; got {rates}")
-    if isinstance(rates, torch.Tensor) and rates.requires_grad and method not in ("auto", "dense"):
+    check_limits(tol, score_bound, chunk, q.shape[1])
+    if not isinstance(rates, torch.Tensor):
+        if len(rates) != q.shape[1] or not all(0 <= r < math.inf for r in rates): raise ValueError(f"rates must be {q.shape[1]} finite numbers >= 0, one per head; got {rates}")
+    elif check_rates(rates, q.shape[1]).requires_grad and method not in ("auto", "dense"):
         raise ValueError(f"gradients of rates need method 'dense'; got {method!r}")
-    if tol is not None and not 0 <= tol < 1: raise ValueError(f"tol must lie between 0 and 1; got {tol!r}")
-    bounds = score_bound if isinstance(score_bound, (tuple, list)) else () if score_bound is None else (score_bound,)
-    if len(bounds) not in (0, 1, q.shape[1]) or not all(0 < s < math.inf for s in bounds):
-        raise ValueError(f"score_bound must be a finite number > 0, or {q.shape[1]} of them, one per head; got {score_bound!r}")
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1): raise ValueError(f"chunk must be a whole number >= 1; got {chunk!r}")
 
 # %% ../nbs/06_fast.ipynb #08e58dbb
 def las_attention(
@@ -524,4 +536,5 @@ def las_attention(
         o = las_attention(*(fold_chunks(t, chunk) for t in (q, k, v)), values or rates, window, pool, causal, lengths, method, tol, score_bound)
         return unfold_chunks(o, B, L)
     if method == "dense" or method == "auto" and rates.requires_grad: return las_dense(q, k, v, rates, window, pool, causal, lengths)
-    return las_fast(q, k, v, rates, values or tuple(rates.tolist()), window, pool, causal, lengths, method, tol, score_bound)
+    with torch.autocast(q.device.type, enabled=False):  # the inputs' own dtype, in every step
+        return las_fast(q, k, v, rates, values or tuple(rates.tolist()), window, pool, causal, lengths, method, tol, score_bound)

@@ -11,7 +11,7 @@ import inspect, json, math, os, re, torch
 from pathlib import Path
 from torch import nn
 from .attention import merge_heads, split_heads
-from .fast import METHODS, las_attention
+from .fast import METHODS, check_limits, las_attention
 from .las import POOLS, check_choice, las_weights
 from .locality import decay_rates
 from .smoothing import key_mask, window_sides
@@ -73,7 +73,7 @@ class LaSAttention(nn.Module):
     ):
         super().__init__()
         rates = decay_rates(n_heads, max_rate, spacing)
-        window_sides(window); check_choice("pool", pool, POOLS); check_choice("method", method, METHODS)
+        window_sides(window); check_choice("pool", pool, POOLS); check_choice("method", method, METHODS); check_limits(tol, score_bound, chunk, n_heads)
         if not isinstance(dim, int) or dim < 1 or dim % n_heads:
             raise ValueError(f"dim must be a positive multiple of n_heads; got dim={dim!r}, n_heads={n_heads}")
         self.n_heads, self.window, self.pool, self.causal, self.method = n_heads, window, pool, causal, method

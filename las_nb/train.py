@@ -44,7 +44,10 @@ class Recipe:
     pool: str = "scores"  # pool scores or weights
     causal: bool = True  # see the past only
     spacing: str = "geometric"  # decay rates over heads: geometric or uniform
-    method: str = "auto"  # how attention is computed
+    method: str = "auto"  # how attention is computed: auto, dense, sdpa, flex or linear
+    tol: float | None = None  # error allowed where far keys are approximated; none = by dtype
+    score_bound: float | None = None  # no score is larger; none = measured at every call
+    chunk: int | None = None  # block length of LaS-chunk; none = attention everywhere
     epochs: int = 15  # passes over the training set
     batch_size: int = 64  # sequences per step, over all processes
     lr: float = 2e-3  # highest learning rate
