@@ -41,12 +41,15 @@ results: .venv/ready  ## repeat the measurement of the digits page, three seeds 
 	cp runs/results/plain-seed0/* nbs/results/digits-plain/
 	cp runs/results/las-seed0/* nbs/results/digits-las/
 
-bench: .venv/ready  ## repeat the measurements of the speed page (about 30 minutes on 2 cores; leave the machine alone meanwhile)
-	$(BIN)/las_bench --backward --models
-	$(BIN)/las_bench --lengths 1024,4096,16384,65536 --max_rate 0.5 --name bench-cpu-forward
-	$(BIN)/las_bench --backward --lengths 16384,32768,65536 --max_rate 0.5 --ways auto --rounds 1 --name bench-cpu-memory
+BENCH := $(BIN)/las_bench --rounds 3
+bench: .venv/ready  ## repeat the measurements of the speed page (about 25 minutes on 2 cores; leave the machine alone meanwhile)
+	$(BENCH) --backward --models
+	$(BENCH) --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0 --name bench-cpu-trained
+	$(BENCH) --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0 --score_scale 4 --name bench-cpu-trained-x4
 	$(BIN)/las_bench --backward --lengths 16,32,64,128,256,512 --max_rate 0.5 --ways auto,dense --rounds 21 --name bench-cpu-small
-	$(BIN)/las_bench --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0 --name bench-cpu-trained
-	$(BIN)/las_bench --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0 --score_scale 4 --name bench-cpu-trained-x4
+	$(BIN)/las_bench --backward --lengths 16,32,64,128,256,512 --max_rate 0.5 --ways auto,dense --rounds 21 --batch 16 --name bench-cpu-small-batch
+	$(BENCH) --lengths 65536 --max_rate 0.5 --ways auto,linear --name bench-cpu-long
+	$(BENCH) --max_rate 0.5 --name bench-cpu-forward
+	$(BENCH) --backward --lengths 16384,65536 --max_rate 0.5 --ways auto --name bench-cpu-memory
 
 .PHONY: help train test lab sync docs experiments results bench

@@ -137,7 +137,7 @@ def compare_ways(
     case: Case,
     names: tuple = tuple(WAYS),  # of `WAYS`; "plain" is always measured
     rounds: int = 5,  # every method once in each
-    slow: float = 20.,  # seconds; a call that takes longer is not repeated
+    slow: float = 20.,  # seconds; where the first call takes longer, it is the only one
 ) -> tuple[dict, dict]:  # name -> seconds (median), low, high, ratio (of plain's time to this one's, median over rounds); name -> why it took no part
     "Time of all methods of a case, in turn."
     a, rates = make_inputs(case)
@@ -151,7 +151,7 @@ def compare_ways(
         except Exception as e: skipped[name] = f"failed: {(str(e).splitlines() or [type(e).__name__])[0][:120]}"
     for r in range(rounds):
         for name in times:
-            if first[name] > slow and (times[name] or name == "dense"): continue  # the matrix warms nothing up: its first call counts
+            if first[name] > slow: continue
             with context() if name == "plain" else contextlib.nullcontext(): times[name].append(timed(WAYS[name], case, a, rates))
     for name in times: times[name] = times[name] or [first[name]]
     found = {name: dict(seconds=statistics.median(t), low=min(t), high=max(t), ratio=statistics.median(times["plain"]) / statistics.median(t), rounds=len(t)) for name, t in times.items()}
