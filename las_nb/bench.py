@@ -9,7 +9,7 @@ __all__ = ['WAYS', 'MODELS', 'Case', 'make_inputs', 'trained_inputs', 'Skip', 'p
            'bench_main', 'measure']
 
 # %% ../nbs/12_bench.ipynb #47e65963
-import contextlib, functools, json, math, multiprocessing, os, re, statistics, sys, time, torch, torch.nn.functional as F
+import contextlib, functools, importlib, json, math, multiprocessing, os, re, statistics, sys, time, torch, torch.nn.functional as F
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.script import call_parse
@@ -184,6 +184,7 @@ def resident(peak=False):
 
 def probe_memory(name, case, queue):
     "Peak of one call, over what was there before; put into `queue`."
+    case = Case(**case)
     try:
         call(WAYS[name], small := case._replace(L=64), *make_inputs(small))  # what loads at first use
         if case.device == "cuda":
@@ -203,7 +204,8 @@ def peak_memory(
     "Peak memory of one call, in a process of its own."
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    worker = context.Process(target=probe_memory, args=(name, case, queue), daemon=True)
+    target = importlib.import_module("las_nb.bench").probe_memory  # found by the new process, in a notebook too
+    worker = context.Process(target=target, args=(name, case._asdict(), queue), daemon=True)
     worker.start(); worker.join()
     found = None if queue.empty() else queue.get()
     return found if isinstance(found, int) else None
