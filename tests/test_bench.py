@@ -8,8 +8,7 @@ RESULTS = Path(__file__).parents[1] / "nbs" / "results"
 
 
 def command(*args, **kw):
-    code = "import sys; sys.argv[0] = 'las_bench'; from las_nb.bench import bench_main; bench_main()"
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, **kw)
+    return subprocess.run([Path(sys.executable).parent / "las_bench", *args], capture_output=True, text=True, timeout=200, **kw)
 
 
 @pytest.mark.parametrize("args, says", [
