@@ -13,7 +13,7 @@ import contextlib, functools, importlib, json, math, multiprocessing, os, re, st
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.script import call_parse
-from .fast import TOL, compiled_flex, las_attention, plan_call
+from .fast import compiled_flex, las_attention, plan_call
 from .las import POOLS, las_dense
 from .locality import decay_rates
 from .model import LaSTransformer, replace_file
