@@ -160,8 +160,9 @@ class Block(nn.Module):
 class LaSTransformer(nn.Module):
     """A transformer of LaS attention that classifies sequences; `max_rate=0, window=1` makes it the plain transformer.
 
-    Give `vocab` for token inputs `(B, L)` or `in_features` for value inputs `(B, L, in_features)`. Sequences may be
-    padded on the right: with `lengths` they give the results of the unpadded ones. Raises `ValueError` for arguments
+    Give `vocab` for token inputs `(B, L)` or `in_features` for value inputs `(B, L, in_features)`; with `pairs` both have
+    an axis of two after the first. Sequences may be padded on the right: with `lengths` they give the results of the
+    unpadded ones. Raises `ValueError` for arguments
     or inputs that are not allowed. Source of the set-up: Zimerman and Wolf (2023), arXiv 2311.16620."""
     def __init__(
         self,
@@ -177,6 +178,7 @@ class LaSTransformer(nn.Module):
         readout: str = "mean",  # "mean" over true positions or the "last" one
         dropout: float = 0.,  # in every block, while training
         max_len: int = 1024,  # longest sequence, for learned positions only
+        pairs: bool = False,  # classify pairs of sequences, each read apart
         **attention,  # further arguments of LaSAttention: max_rate, window, pool, causal, spacing, method, tol, score_bound, chunk
     ):
         super().__init__()
@@ -190,14 +192,14 @@ class LaSTransformer(nn.Module):
         check_choice("positions", positions, (None, "sinusoidal", "learned"))
         check_choice("norm", norm, tuple(NORMS)); check_choice("readout", readout, ("mean", "last"))
         defaults = {name: p.default for name, p in inspect.signature(LaSAttention).parameters.items() if p.default is not p.empty}
-        self.config = defaults | attention | dict(sizes, n_heads=n_heads, positions=positions, norm=norm, prenorm=prenorm, readout=readout, dropout=dropout)
-        self.vocab, self.in_features, self.positions, self.readout = vocab, in_features, positions, readout
+        self.config = defaults | attention | dict(sizes, n_heads=n_heads, positions=positions, norm=norm, prenorm=prenorm, readout=readout, dropout=dropout, pairs=pairs)
+        self.vocab, self.in_features, self.positions, self.readout, self.pairs = vocab, in_features, positions, readout, pairs
         self.embed = nn.Embedding(vocab, dim) if vocab is not None else nn.Linear(in_features, dim)
         if positions == "learned":
             self.position = nn.Parameter(.02 * torch.randn(max_len, dim))
         self.blocks = nn.ModuleList(Block(dim, norm, prenorm, dropout, n_heads=n_heads, **attention) for _ in range(depth))
         self.norm = NORMS[norm](dim) if prenorm else None  # post-norm blocks end normalised
-        self.head = nn.Linear(dim, n_classes)
+        self.head = nn.Sequential(nn.Linear(4 * dim, dim), nn.GELU(), nn.Linear(dim, n_classes)) if pairs else nn.Linear(dim, n_classes)
 
     def check(self, inputs):
         "Raise `ValueError` unless `inputs` are what this model takes."
@@ -239,10 +241,17 @@ class LaSTransformer(nn.Module):
 
     def forward(
         self,
-        inputs: torch.Tensor,  # tokens `(B, L)` or values `(B, L, in_features)`
-        lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
+        inputs: torch.Tensor,  # tokens `(B, L)` or values `(B, L, in_features)`; of pairs `(B, 2, L)` or `(B, 2, L, in_features)`
+        lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded; of pairs `(B, 2)`
     ) -> torch.Tensor:  # logits `(B, n_classes)`
-        return self.head(pool_positions(self.features(inputs, lengths), lengths, self.readout))
+        if self.pairs:
+            if inputs.ndim < 3 or inputs.shape[1] != 2: raise ValueError(f"inputs must be pairs, (B, 2, L, ...); got {tuple(inputs.shape)}")
+            inputs, lengths = inputs.flatten(0, 1), None if lengths is None else lengths.flatten()  # (2 * B, L, ...), (2 * B,)
+        x = pool_positions(self.features(inputs, lengths), lengths, self.readout)  # (B, dim), or (2 * B, dim)
+        if self.pairs:
+            u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (2 * B, dim) -> 2 x (B, dim)
+            x = torch.cat([u, v, u - v, u * v], -1)  # (B, 4 * dim)
+        return self.head(x)
 
     def save_pretrained(
         self,
