@@ -99,7 +99,7 @@ def in_parallel(
     from tqdm import tqdm
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(todo))
-    bar = partial(tqdm, total=len(todo), mininterval=1, delay=5, leave=False, unit="block")
+    bar = partial(tqdm, total=len(todo), mininterval=1, delay=5, leave=False, unit="block", disable=len(todo) < 4)
     if jobs <= 1: yield from bar(map(work, todo)); return
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         try: yield from bar(pool.map(work, todo))

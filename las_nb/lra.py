@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LRA_URL', 'IMDB', 'KINDS', 'AAN', 'GREY', 'FAST', 'SHORT', 'SMOKE', 'PAPER', 'ARENA', 'TASKS', 'TITLES', 'download',
-           'file_digest', 'extract', 'from_archive', 'imdb_files', 'read_imdb', 'text', 'read_pairs', 'retrieval',
-           'aan_folder', 'grey_cifar', 'image', 'make_text', 'make_retrieval', 'make_image', 'refuse_size',
+           'file_digest', 'members', 'extract', 'from_archive', 'imdb_files', 'read_imdb', 'text', 'read_pairs',
+           'retrieval', 'aan_folder', 'grey_cifar', 'image', 'make_text', 'make_retrieval', 'make_image', 'refuse_size',
            'unpacked_first', 'pixels', 'averages', 'arena_scores', 'arena_table']
 
 # %% ../nbs/15_lra.ipynb #d64beb2e
-import contextlib, hashlib, json, os, random, shutil, tarfile, tempfile, urllib.error, urllib.request
+import contextlib, gzip, hashlib, json, lzma, os, random, shutil, tarfile, tempfile, urllib.error, urllib.request
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterator
 import torch
@@ -60,6 +60,22 @@ def file_digest(file) -> str:  # sha256, as hexadecimal
     return digest.hexdigest()
 
 # %% ../nbs/15_lra.ipynb #c3041eae
+@contextlib.contextmanager
+def members(archive: Path):  # gives an iterator over (TarInfo, open file) of plain files
+    "Files of a tar archive, gz, xz or plain, in one pass; checks the archive's own checksum at its end, and raises `DataError` when it is damaged."
+    with open(archive, "rb") as f: begins = f.read(6)
+    unpack = gzip.open if begins[:2] == b"\x1f\x8b" else lzma.open if begins == b"\xfd7zXZ\0" else open
+    try:
+        with unpack(archive, "rb") as f, tarfile.open(fileobj=f, mode="r|") as tar:
+            yield ((m, tar.extractfile(m)) for m in tar if m.isfile())
+            while f.read(1 << 22): pass  # tarfile stops before the checksum
+    except DataError: raise
+    except OSError as e:
+        if e.errno: raise  # a full disk, not the archive
+        raise DataError(f"{archive} is damaged or cut short ({e}); delete it and get it again") from None
+    except Exception as e: raise DataError(f"{archive} is damaged or cut short ({e}); delete it and get it again") from None  # zlib, lzma and tarfile have errors of their own
+
+# %% ../nbs/15_lra.ipynb #2ac35054
 def extract(
     archive: Path,  # tar, compressed or not
     wanted: Callable,  # path in the archive -> path below `folder`, or None: leave it
@@ -70,22 +86,17 @@ def extract(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as aside:
         count = 0
         try:
-            with tarfile.open(archive, "r|*") as tar:
-                for member in tar:
-                    to = wanted(member.name) if member.isfile() else None
+            with members(archive) as files:
+                for member, content in files:
+                    to = wanted(member.name)
                     if to is None: continue
                     to = PurePosixPath(to)
                     if to.is_absolute() or ".." in to.parts or "\\" in str(to): raise DataError(f"{archive}: {member.name} would lead out of {folder}; do not use this archive")
                     target = Path(aside, *to.parts)
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    with open(target, "wb") as f: shutil.copyfileobj(tar.extractfile(member), f, 1 << 20)
+                    with open(target, "wb") as f: shutil.copyfileobj(content, f, 1 << 20)
                     count += 1
-        except (tarfile.TarError, EOFError, OSError, ValueError) as e:
-            if isinstance(e, OSError) and e.errno: raise DataError(f"cannot unpack {archive} into {folder} ({e.strerror}): {e.filename or 'make room'}") from None
-            raise DataError(f"{archive} is damaged or cut short ({e}); delete it and get it again") from None
-        except Exception as e:  # zlib and lzma have errors of their own
-            if isinstance(e, DataError): raise
-            raise DataError(f"{archive} is damaged ({e}); delete it and get it again") from None
+        except OSError as e: raise DataError(f"cannot unpack {archive} into {folder} ({e.strerror}); make room, or check that it may be written") from None
         for f in sorted(p for p in Path(aside).rglob("*") if p.is_file()):
             target = folder / f.relative_to(aside)
             target.parent.mkdir(parents=True, exist_ok=True); os.replace(f, target)
@@ -133,12 +144,9 @@ def read_imdb(source: Path) -> dict[str, list[bytes]]:  # kind, such as "train/p
         for kind in KINDS:
             for f in (source / kind).glob("*.txt"): take(f"{kind}/{f.name}", f.read_bytes())
     else:
-        try:
-            with tarfile.open(source, "r|*") as tar:
-                for m in tar:
-                    if m.isfile() and m.name.endswith(".txt") and "/unsup/" not in m.name: take(m.name.split("aclImdb/", 1)[-1], tar.extractfile(m).read())
-        except DataError: raise
-        except Exception as e: raise DataError(f"{source} is damaged or cut short ({e}); delete it and get it again") from None
+        with members(source) as files:
+            for m, content in files:
+                if m.name.endswith(".txt") and "/unsup/" not in m.name: take(m.name.split("aclImdb/", 1)[-1], content.read())
     for kind, found in reviews.items():
         if not found: raise DataError(f"{source}: there are no reviews in {kind}; delete it and get it again")
     return {kind: [content for _, content in sorted(found.items())] for kind, found in reviews.items()}
@@ -307,7 +315,7 @@ ARENA = dict(
     retrieval=dict(fast=FAST | dict(limit=40_000, epochs=2, batch_size=32), paper=PAPER | dict(lr=2e-3, weight_decay=0., batch_size=64, epochs=20),
                    smoke=SMOKE | dict(limit=60)),
     pathx=dict(fast=FAST | dict(limit=12_000, epochs=2, batch_size=16, lr=1e-3), paper=PAPER | dict(batch_size=16, epochs=50),
-               smoke=SMOKE | dict(limit=16, batch_size=4)))
+               smoke=SMOKE | dict(limit=8, batch_size=4)))
 
 # %% ../nbs/15_lra.ipynb #2b2b868e
 def unpacked_first(

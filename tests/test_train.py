@@ -3,10 +3,10 @@ from pathlib import Path
 import psutil, pytest, torch
 from torchvision.datasets import MNIST
 from las_nb import train as lib
-from las_nb.data import TASKS, load_task
+from las_nb.data import TASKS, every_task, load_task
 from las_nb.model import LaSTransformer
 from las_nb.train import (PRESETS, Recipe, Stopped, Trainer, TrainingError, best_precision, build, checkpoints, command_line, experiments, learning_rate,
-                          load_checkpoint, load_run, preset, run_name, save_checkpoint, score, status, train, train_main)
+                          load_checkpoint, load_run, preset, presets, run_name, save_checkpoint, score, status, train, train_main)
 
 BIN = Path(sys.executable).parent
 SMALL = dict(dim=16, depth=1, n_heads=2, limit=96, epochs=2, batch_size=32)
@@ -32,11 +32,16 @@ def whole(tmp_path_factory):
 
 # --- recipes
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", every_task())
 def test_presets_build_a_model_that_runs(task):
-    model = build(preset(task))
-    assert model(torch.randn(1, 16, 1)).shape == (1, 10)
-    assert Recipe(**json.loads(json.dumps(dataclasses.asdict(preset(task))))) == preset(task)  # survives a file
+    about = every_task()[task]
+    for name in presets(task):
+        recipe = preset(task, preset=name)
+        model = build(recipe)
+        inputs = torch.randn(2, 16, 1) if about.vocab is None else torch.randint(about.vocab, (2, 2, 16) if about.pairs else (2, 16))
+        assert model(inputs).shape == (2, about.n_classes)
+        assert Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe  # survives a file
+        assert command_line(recipe) == f"las_train {task}" + f" --preset {name}" * (name != "fast")
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -123,7 +128,7 @@ def test_seed_decides(whole, tmp_path):
 def test_padded_tasks_train(tmp_path, monkeypatch):
     "Tokens, lengths, padding: a task that a later chapter might add."
     from las_nb.data import Batch, Task
-    def load(root):
+    def load(root, **_):
         g = torch.Generator().manual_seed(0)
         def split(n):
             x, lengths = torch.randint(1, 8, (n, 12), generator=g), torch.randint(3, 13, (n,), generator=g)
@@ -306,7 +311,7 @@ def test_precision_may_change_within_a_process(tmp_path):
 
 def test_checkpoints_stay_small(tmp_path):
     "Under 60 MB in files of at most 15 MB, for every preset and for six blocks of width 256."
-    for i, recipe in enumerate([*map(preset, TASKS), preset("smnist", dim=256, depth=6, n_heads=8)]):
+    for i, recipe in enumerate([*map(preset, every_task()), preset("smnist", dim=256, depth=6, n_heads=8)]):
         model = build(recipe)
         tensors = {f"{kind}.{k}": v.clone() for kind in ("model", "exp_avg", "exp_avg_sq") for k, v in model.state_dict().items()}
         folder = save_checkpoint(tmp_path / str(i), tensors, {})
@@ -469,9 +474,13 @@ def test_the_hub_gets_and_gives(tmp_path, monkeypatch):
 
 def test_the_list():
     runs = experiments()
-    assert len({name for name in runs if "short" not in name}) == 24
-    kinds = {(r["task"], r["model"], r["positions"], r["seed"]) for name, r in runs.items() if "short" not in name}
-    assert kinds == {(t, m, p, s) for t in ("smnist", "pmnist") for m in ("plain", "las") for p in (None, "sinusoidal") for s in range(3)}
+    whole = [(r["task"], r["model"], r["positions"], r["seed"]) for name, r in runs.items() if "short" not in name]
+    assert len(whole) == len(set(whole)) == 24 + 54
+    arena = ["listops", "image", "pathfinder", "text", "retrieval", "pathx"]
+    kinds = {(t, m, p, s) for t in ("smnist", "pmnist") for m in ("plain", "las") for p in (None, "sinusoidal") for s in range(3)}
+    assert set(whole) == kinds | {(t, m, p, s) for t in arena for m, p in (("plain", "sinusoidal"), ("las", None), ("las", "sinusoidal")) for s in range(3)}
+    assert [s for *_, s in whole] == sorted(s for *_, s in whole)  # seed 0 first
+    assert list(dict.fromkeys(t for t, *_ in whole if t in arena)) == arena  # in the order of their worth
     for r in runs.values(): assert build(preset(**r))
 
 
