@@ -212,16 +212,18 @@ class Sequences:
         "The sequences `i` (an index tensor or a slice), padded to the longest of them, rounded up to a multiple of 64."
         i = torch.arange(len(self.labels))[i.cpu() if isinstance(i, torch.Tensor) else i]
         at = (i[:, None] * self.towers + torch.arange(self.towers)).flatten()  # (b * towers,)
-        begin, length, device = self.starts[at], self.starts[at + 1] - self.starts[at], self.values.device
+        length, device = self.starts[at + 1] - self.starts[at], self.values.device
         L = int(length.max()) if len(at) else 1
         even = bool((length == L).all()) and self.towers == 1
+        small = torch.cat([self.starts[at], length, i])
+        if device.type == "cuda": small = small.pin_memory().to(device, non_blocking=True)  # one copy, which nobody waits for
+        begin, length, i = small.to(device).split([len(at), len(at), len(i)])
         steps = torch.arange(L if even else -(-L // 64) * 64, device=device)  # (L,)
-        x = self.values[(begin.to(device)[:, None] + steps).clamp_(max=len(self.values) - 1)]  # (b * towers, L)
-        length = length.to(device)
+        x = self.values[(begin[:, None] + steps).clamp_(max=len(self.values) - 1)]  # (b * towers, L)
         if not even: x = x.masked_fill(steps >= length[:, None], 0)
         if self.scale: x = ((x / 255 - self.scale[0]) / self.scale[1])[..., None]  # (b * towers, L, 1)
         if self.towers > 1: x, length = x.unflatten(0, (-1, self.towers)), length.view(-1, self.towers)  # (b, towers, L), (b, towers)
-        return Batch(x, None if even else length, self.labels[i.to(self.labels.device)])
+        return Batch(x, None if even else length, self.labels[i])
 
     def first(self, n: int) -> "Sequences":
         "The first `n` sequences."
@@ -259,21 +261,27 @@ def encoded(
     source: str,  # where the data come from, for the record
     scale: tuple | None = None,  # see Sequences
 ) -> dict[str, Sequences]:  # part -> its sequences, mapped from files in the cache
-    "Read data through the cache; raises `DataError` when the cache cannot be written, and what `parts` raises."
+    "Read data through the cache; raises `DataError` when a source cannot be read or the cache not be written, and what `parts` raises."
     from filelock import FileLock
-    name = hashlib.sha256(str(Path(files[0]).resolve()).encode()).hexdigest()[:16]
-    folder = cache_folder() / "encoded" / name
-    mark = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    folder = cache_folder() / "encoded" / hashlib.sha256(str(Path(files[0]).resolve()).encode()).hexdigest()[:16]
+    def read_all():
+        try: yield from parts()
+        except OSError as e: raise DataError(f"cannot read {e.filename} ({e.strerror or e})") from None
+    try: mark = hashlib.sha256(repr((1, [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files])).encode()).hexdigest()  # 1: this format
+    except OSError as e: raise DataError(f"cannot read {e.filename} ({e.strerror})") from None
+    def known():  # what is kept, if it is of these files and whole
+        try: facts = json.loads((folder / "facts.json").read_text())
+        except (OSError, ValueError): return None
+        sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f.name != "facts.json"}
+        return facts if facts.get("mark") == mark and facts["sizes"] == sizes else None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            try: fresh = json.loads((folder / "facts.json").read_text())["mark"] == mark
-            except (OSError, ValueError, KeyError): fresh = False
-            if not fresh: write_encoded(folder, parts, dict(mark=mark))
-            known = json.loads((folder / "facts.json").read_text())
-            def read(part, kind, dtype): return torch.from_file(str(folder / f"{part}.{kind}"), size=(folder / f"{part}.{kind}").stat().st_size // dtype.itemsize, dtype=dtype)
-            return {part: Sequences(read(part, "values", torch.uint8), read(part, "starts", torch.int64), read(part, "labels", torch.uint8).long(), known["towers"], scale, source)
-                    for part in sorted(known["parts"], key=["train", "valid", "test"].index)}
+            if not known(): write_encoded(folder, read_all, dict(mark=mark))
+            facts = known()
+            def read(name, dtype): return torch.from_file(str(folder / name), size=facts["sizes"][name] // dtype.itemsize, dtype=dtype)
+            return {part: Sequences(read(f"{part}.values", torch.uint8), read(f"{part}.starts", torch.int64), read(f"{part}.labels", torch.uint8).long(), facts["towers"], scale, source)
+                    for part in ("train", "valid", "test")}
     except OSError as e: raise DataError(f"cannot keep encoded data in {folder} ({e.strerror or e}); name another cache with XDG_CACHE_HOME") from None
 
 # %% ../nbs/09_data.ipynb #2db5be41
@@ -282,19 +290,21 @@ def write_encoded(
     parts: Callable,  # see encoded
     facts: dict,  # to be kept with it
 ):
-    "Write sequences aside as they come, then put the folder in its place."
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside, contextlib.ExitStack() as open_files:
-        aside, out, starts, labels, towers = Path(aside), {}, {}, {}, 1
-        for part, label, *sequences in parts():
-            if part not in out: out[part], starts[part], labels[part] = open_files.enter_context(open(aside / f"{part}.values", "wb")), array.array("q", [0]), array.array("B")
-            for s in sequences: out[part].write(s); starts[part].append(starts[part][-1] + len(s))
-            labels[part].append(label); towers = len(sequences)
-        open_files.close()
+    "Write sequences aside as they come, then put the folder in its place; raises `DataError` when a split has none."
+    aside, out, starts, labels, towers = folder.with_suffix(".aside"), {}, {}, {}, 1
+    shutil.rmtree(aside, ignore_errors=True); aside.mkdir()  # what was left by a process that was killed
+    try:
+        with contextlib.ExitStack() as open_files:
+            for part in ("train", "valid", "test"): out[part], starts[part], labels[part] = open_files.enter_context(open(aside / f"{part}.values", "wb")), array.array("q", [0]), array.array("B")
+            for part, label, *sequences in parts():
+                for s in sequences: out[part].write(s); starts[part].append(starts[part][-1] + len(s))
+                labels[part].append(label); towers = len(sequences)
         for part in out:
+            if not labels[part]: raise DataError(f"these data are too few: nothing is left for {part}; take more of them")
             (aside / f"{part}.starts").write_bytes(starts[part].tobytes()); (aside / f"{part}.labels").write_bytes(labels[part].tobytes())
-        (aside / "facts.json").write_text(json.dumps(facts | dict(parts=list(out), towers=towers)))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder); aside.mkdir()  # an empty one, for TemporaryDirectory to remove
+        (aside / "facts.json").write_text(json.dumps(facts | dict(sizes={f.name: f.stat().st_size for f in aside.iterdir()}, towers=towers)))
+        shutil.rmtree(folder, ignore_errors=True); os.replace(aside, folder)
+    finally: shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/09_data.ipynb #68a3e200
 def trivial(
@@ -350,3 +360,5 @@ def data_main(
     except (ValueError, DataError) as e: refuse(e)
     except ImportError as e: refuse(f"{e.name} is missing; install the extra: pip install 'las_nb[train]'")
     except KeyboardInterrupt: refuse("stopped; files that were complete are kept")
+    except OSError as e: refuse(f"{e.strerror or e}: {e.filename or ''}")
+    except RuntimeError as e: refuse(str(e).splitlines()[0])

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['OPERATORS', 'DIGITS', 'COMPUTE', 'BLOCK', 'PARTS', 'VOCAB', 'CODES', 'grow', 'long_tree', 'to_text', 'evaluate',
-           'block_of_lines', 'in_parallel', 'write_listops', 'to_tokens', 'read_listops', 'base_folder', 'official',
-           'noted', 'made_or_official', 'make_listops', 'listops', 'root_operator', 'root_and_digits']
+           'block_of_lines', 'in_parallel', 'end_with_parent', 'write_listops', 'to_tokens', 'read_listops',
+           'base_folder', 'official', 'noted', 'made_or_official', 'make_listops', 'listops', 'root_operator',
+           'root_and_digits']
 
 # %% ../nbs/13_listops.ipynb #5662a6db
-import json, os, random, tempfile
+import json, multiprocessing, os, random, signal, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 import torch
-from .data import DataError, Sequences, Task, encoded
+from .data import DataError, Sequences, encoded
 from .model import replace_file
 
 # %% ../nbs/13_listops.ipynb #ed718418
@@ -95,15 +96,27 @@ def in_parallel(
     todo: list,  # arguments
     jobs: int | None = None,  # processes; by default one per core
 ) -> Iterator:  # results, in order
-    "Map over processes, with a progress bar where there is somebody to see it."
+    "Map over processes, with a progress bar when it takes long; raises `DataError` when a process is killed."
     from tqdm import tqdm
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(todo))
     bar = partial(tqdm, total=len(todo), mininterval=1, delay=5, leave=False, unit="block", disable=len(todo) < 4)
     if jobs <= 1: yield from bar(map(work, todo)); return
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        try: yield from bar(pool.map(work, todo))
-        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # Ctrl-C is for this process alone: the others inherit this
+        try: results = pool.map(work, todo)
+        finally: main and signal.signal(signal.SIGINT, before)
+        try: yield from bar(results)
+        except BrokenProcessPool: raise DataError("a process was killed while it generated data, perhaps for want of memory; try fewer --jobs") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for p in list((pool._processes or {}).values()): p.terminate()
+            raise
+
+def end_with_parent():
+    "A worker whose parent was killed ends as well."
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/13_listops.ipynb #27c6bfd9
 PARTS = {"train": 96_000, "val": 2_000, "test": 2_000}
@@ -166,7 +179,7 @@ def base_folder(
     sample: bool = False,
 ) -> Path:  # the folder below which official layouts begin
     "Where a generated set goes."
-    if sample: return root / "sample"
+    if sample: return root / ("sample" if not seed else f"sample-seed{seed}")
     return root if size is None and not seed else root / f"generated-{size or 'full'}-seed{seed}"
 
 # %% ../nbs/13_listops.ipynb #c6aad950
@@ -191,21 +204,22 @@ def made_or_official(
     path: str,  # folder in the official layout
     write,  # function of a folder that generates the data there
     what: str,  # in words
-    size: int | None = None,  # None for the official size
+    size: int | None = None,  # None for the official size; a smaller set must be the beginning of the whole
     seed: int = 0,
     sample: bool = False,
+    whole: Callable = lambda folder: True,  # whether nothing is missing in a folder that was finished
 ) -> tuple[Path, str]:  # folder, where its data come from
     "Find a data set, or generate it; raises `DataError` when it cannot be written."
     from filelock import FileLock
-    if size is None and not seed and not sample and (found := official(root, path)) and noted(found) is None: return found, "official files"
-    if size is not None and not seed and not sample and (whole := official(root, path)) and (noted(whole) or dict(done=True))["done"]:
-        return whole, "official files" if noted(whole) is None else noted(whole)["source"]  # a smaller set is the beginning of the whole
+    if not seed and not sample and (found := official(root, path)):
+        if (note := noted(found)) is None and any(not p.name.startswith(".") for p in found.iterdir()): return found, "official files"
+        if note and note["done"] and whole(found): return found, note["source"]
     folder = base_folder(root, size, seed, sample) / path
     source = f"SAMPLE: {what}, seed {seed}" if sample else f"generated by las_nb: {what}, {f'{size:,}' if size else 'all'} for training, seed {seed}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
-            if not (noted(folder) or dict(done=False))["done"]:
+            if not ((note := noted(folder)) and note["done"] and whole(folder)):
                 replace_file(folder / "generated.json", json.dumps(dict(source=source, done=False)).encode())  # first: what is half made must not pass for official
                 write(folder)
                 replace_file(folder / "generated.json", json.dumps(dict(source=source, done=True)).encode())
@@ -221,8 +235,10 @@ def make_listops(
     sample: bool = False,  # 500 trees for training and as many for validation and test
 ) -> tuple[Path, str]:  # folder of the files, where they come from
     "The files of ListOps: official ones where they lie, else generated."
-    if sample: size = 500
-    return made_or_official(root, "listops-1000", lambda folder: write_listops(folder, size, seed, jobs), "ListOps", size if not sample else None, seed, sample)
+    if size is not None and size > PARTS["train"]: raise ValueError(f"ListOps has {PARTS['train']:,} training trees; write_listops makes more; got {size:,}")
+    if size == PARTS["train"]: size = None
+    def write(folder): write_listops(folder, 500 if sample else size, seed, jobs)
+    return made_or_official(root, "listops-1000", write, "ListOps", size, seed, sample, whole=lambda folder: all((folder / f"basic_{p}.tsv").exists() for p in PARTS))
 
 # %% ../nbs/13_listops.ipynb #ff1d49fd
 def listops(
@@ -240,20 +256,20 @@ def listops(
 
 # %% ../nbs/13_listops.ipynb #26959e0b
 def root_operator(split: Sequences) -> torch.Tensor:  # `(n,)`
-    "The first token of every list: all that a model near 37 % has read."
+    "The first token of every list: a model near 37 % need have read no more."
     return split.values[split.starts[:-1].to(split.values.device)].long().cpu()
 
 # %% ../nbs/13_listops.ipynb #5350ea15
 def root_and_digits(split: Sequences) -> torch.Tensor:  # `(n,)`
-    "The root operator with the least, or largest, or middle digit among its own arguments (or their sum, for SM): about 48 %."
-    seen = torch.zeros(len(split.labels), dtype=torch.long)
-    values, starts = split.values.cpu(), split.starts.tolist()
-    for i, (a, b) in enumerate(zip(starts, starts[1:])):
-        operator, *rest = bytes(values[a:b].tolist())
-        depth, digits = 0, []
-        for t in rest:
-            if t >= 13: depth += 1
-            elif t == 2: depth -= 1
-            elif depth == 0 and t >= 3: digits.append(t - 3)
-        seen[i] = 11 * (operator - 13) + (COMPUTE[OPERATORS[operator - 13]](digits) if digits else 10)
-    return seen
+    "The root operator with the least, or largest, or middle digit among its own arguments (or their sum, for SM)."
+    seen = []
+    for start in range(0, len(split.labels), 2048):
+        x = split.rows(slice(start, start + 2048)).inputs.long()  # (b, L)
+        own = (((x >= 13).long() - (x == 2).long()).cumsum(1) == 1) & (x >= 3) & (x < 13)  # digits one level below the root
+        count = torch.zeros(len(x), 10, dtype=torch.long, device=x.device).scatter_add_(1, (x - 3).clamp(0, 9), own.long())  # (b, 10): how many of each digit
+        n, below = count.sum(1, keepdim=True), count.cumsum(1)
+        def ranked(k): return (below > k).long().argmax(1)  # the k-th smallest
+        found = torch.stack([ranked(0 * n), ranked(n - 1), (ranked((n - 1) // 2) + ranked(n // 2)) // 2, (count * torch.arange(10, device=x.device)).sum(1) % 10], 1)  # (b, 4), one for each operator
+        root = x[:, 0] - 13
+        seen.append(11 * root + torch.where(n[:, 0] > 0, found.gather(1, root[:, None])[:, 0], 10))
+    return torch.cat(seen).cpu()

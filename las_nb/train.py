@@ -335,6 +335,7 @@ class Trainer:
         self.commits, self.devices, self.precisions = [], [], []  # a run may be cut here and go on elsewhere
         self.sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)  # see learn
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+        self.labels = hashlib.sha256(b"".join(self.data[part].labels.cpu().numpy().tobytes() for part in ("train", "valid", "test"))).hexdigest()[:16]
         self.accelerator.wait_for_everyone()
         if found := checkpoints(self.out): self.restore(found[-1])
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
@@ -369,7 +370,7 @@ def save(self: Trainer):
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, entry in self.optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v for k, v in entry.items()}
         scaler = self.accelerator.scaler
-        facts = dict(recipe=dataclasses.asdict(self.recipe), epoch=self.epoch, step=self.step, sums=[loss, hits, 0, tokens, right], checked=self.checked, curve=self.curve,
+        facts = dict(recipe=dataclasses.asdict(self.recipe), labels=self.labels, epoch=self.epoch, step=self.step, sums=[loss, hits, 0, tokens, right], checked=self.checked, curve=self.curve,
                      seconds=self.seconds, tokens=self.tokens, peak=self.memory(), commits=self.commits, devices=self.devices, precisions=self.precisions,
                      scaler=scaler.state_dict() if scaler else None)
         try: save_checkpoint(self.out, tensors, facts)
@@ -384,6 +385,7 @@ def save(self: Trainer):
 def restore(self: Trainer, folder):
     "Go to where a checkpoint was written."
     tensors, facts = load_checkpoint(folder)
+    if facts.get("labels", self.labels) != self.labels: raise TrainingError(f"{folder} was trained on other data than those that are found now; bring the old ones back, or choose another folder with --out")
     try:
         self.model.load_state_dict({k[len("model."):]: v for k, v in tensors.items() if k.startswith("model.")})
         state = {}
@@ -722,8 +724,8 @@ def train_main(args: list[str] | None = None):
 
 def summary(record):
     "A finished run in one line."
-    floor = "; ".join(f"{name} alone {percent:.1f} %" for name, percent in record["trivial"].items())
-    return (f"{record['name']}{' (on a SAMPLE)' * record['sample']}: test {record['test']:.2f} % ({floor}), valid {record['valid']:.2f} % after {record['epochs']} epochs; {record['params']:,} parameters, "
+    floor = "; ".join(f"{name} alone {percent:.1f} %" for name, percent in record.get("trivial", {}).items())  # older records have none
+    return (f"{record['name']}{' (on a SAMPLE)' * record.get('sample', False)}: test {record['test']:.2f} %{f' ({floor})' * bool(floor)}, valid {record['valid']:.2f} % after {record['epochs']} epochs; {record['params']:,} parameters, "
             f"{record['seconds_per_epoch']:.1f} s per epoch, {record['tokens_per_s']:,.0f} tokens/s, {record['peak_memory'] / 2**30:.2f} GiB, {record['device']}")
 
 def guarded(call, advice):

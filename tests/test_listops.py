@@ -154,6 +154,15 @@ def test_trivial_readers(tmp_path):
     assert 14 < scores[0] < 21 and 30 < scores[1] < 41 and 42 < scores[2] < 53  # 17, 36.5 and 48 on the large set; one standard error is 1.3
 
 
+def test_root_and_digits_by_hand():
+    from las_nb.data import Sequences
+    texts = {"[MAX 3 7 [MIN 1 2 ] ]": ("MAX", 7), "[MIN [MAX 1 9 ] 4 6 ]": ("MIN", 4), "[MED 1 [SM 5 5 ] 4 8 ]": ("MED", 4), "[MED 2 5 ]": ("MED", 3), "[SM 9 [MIN 3 3 ] 8 ]": ("SM", 7), "[SM [MAX 1 2 ] ]": ("SM", 10)}
+    rows = [to_tokens(t.encode()) for t in texts]
+    split = Sequences(torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8), torch.tensor([0] + [len(r) for r in rows]).cumsum(0), torch.zeros(len(rows)))
+    assert root_and_digits(split).tolist() == [11 * OPERATORS.index(o) + v for o, v in texts.values()]
+    assert root_operator(split).tolist() == [13 + OPERATORS.index(o) for o, _ in texts.values()]
+
+
 def test_blocks_are_seeded():
     a, b, c = block_of_lines(0, 20, 90, ("train", 0, 5)), block_of_lines(0, 20, 90, ("train", 1, 5)), block_of_lines(1, 20, 90, ("train", 0, 5))
     assert a != b and a != c and a == block_of_lines(0, 20, 90, ("train", 0, 5))

@@ -83,13 +83,36 @@ def test_without_a_published_checksum_the_found_one_is_noted(host, tmp_path):
     assert (tmp_path / "file.gz.sha256").read_text() == f"{DIGEST}  file.gz\n"
 
 
+def test_a_broken_answer_is_one_line(tmp_path):
+    class Broken(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        def log_message(self, *a): pass
+        def do_GET(self):
+            self.send_response(200); self.send_header("Transfer-Encoding", "chunked"); self.end_headers()
+            self.wfile.write(b"5\r\nhello\r\nzz"); self.close_connection = True
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(DataError, match="cannot get"): download(f"http://127.0.0.1:{server.server_port}/f", tmp_path / "f")
+    server.shutdown()
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/file.gz", "http://no-such-host.invalid/file.gz", "{host}/gone"])
 def test_a_dead_host_gives_one_line_and_the_manual_way(url, host, tmp_path):
     with pytest.raises(DataError) as e: download(url.replace("{host}", host.url.rpartition("/")[0]), tmp_path / "file.gz", DIGEST)
     assert "\n" not in str(e.value) and f"put it at {tmp_path / 'file.gz'}" in str(e.value) and not (tmp_path / "file.gz").exists()
 
 
-@pytest.mark.parametrize("task, says", [("retrieval", "lra_release.gz"), ("text", "aclImdb_v1.tar.gz"), ("image", "CIFAR-10")])
+def test_processes_that_want_the_same_data_make_it_once(tmp_path):
+    "As the processes of one run do: all ask at once for what is not there."
+    code = "import sys; from las_nb.data import load_task; s = load_task(sys.argv[1], sys.argv[2], limit=40); print(s['train'].source, len(s['train'].labels), int(s['train'].values.long().sum()))"
+    for task in ("listops", "pathfinder"):
+        running = [subprocess.Popen([sys.executable, "-c", code, task, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        said = [p.communicate() for p in running]
+        assert all(p.returncode == 0 for p in running), said
+        assert len({out for out, _ in said}) == 1 and "generated" in said[0][0]
+
+
+@pytest.mark.parametrize("task, says", [("retrieval", "lra_release.gz"), ("text", "aclImdb_v1.tar.gz"), ("image", "cifar-10-python.tar.gz")])
 def test_the_command_without_a_network(task, says, tmp_path):
     env = os.environ | dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     done = subprocess.run([BIN / "las_data", task, "--root", str(tmp_path)], capture_output=True, text=True, env=env)
@@ -113,6 +136,19 @@ def test_no_path_leads_out(name, tmp_path):
     archive = tar_of(tmp_path / "a.tar.gz", {"good": b"1", name: b"2"})
     with pytest.raises(DataError, match="would lead out of"): extract(archive, lambda n: n, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz"]
+
+
+def test_a_plain_tar_with_a_damaged_header_is_told(tmp_path):
+    archive = tar_of(tmp_path / "a.tar", {f"f{i}": os.urandom(40_000) for i in range(5)}, "w")
+    content = bytearray(archive.read_bytes()); content[2 * 40_960 + 3 * 512 + 150] ^= 1
+    spot = content.index(b"f2\0"); content[spot + 150] ^= 1; archive.write_bytes(content)
+    with pytest.raises(DataError, match="a.tar is damaged"): extract(archive, lambda n: n, tmp_path / "out")
+
+
+def test_a_folder_that_is_there_is_added_to(tmp_path):
+    (tmp_path / "out" / "a").mkdir(parents=True); (tmp_path / "out" / "a" / "old").write_text("1")
+    extract(tar_of(tmp_path / "x.tar.gz", {"a/new": b"2", "b/c": b"3"}), lambda n: n, tmp_path / "out")
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["a/new", "a/old", "b/c"]
 
 
 def test_links_are_left_out(tmp_path):
@@ -165,7 +201,8 @@ def packed(folder, name, mode):
     __import__("shutil").rmtree(folder / "aclImdb")
 
 
-def test_folder_and_archives_hold_the_same(tmp_path):
+def test_folder_and_archives_hold_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(lra, "REVIEWS", 12)
     found = []
     for i, (name, mode) in enumerate([(None, None), ("aclImdb_v1.tar.gz", "w:gz"), ("aclImdb_labelled.tar.xz", "w:xz")]):
         root = imdb(tmp_path / str(i) / "IMDB")
@@ -181,22 +218,30 @@ def test_folder_and_archives_hold_the_same(tmp_path):
     for text, label in zip((bytes(a["test"].values[i:j].tolist()) for i, j in zip(a["test"].starts, a["test"].starts[1:])), a["test"].labels): assert (b"pos" in text[:9]) == label
 
 
-def test_damaged_reviews_are_told(tmp_path):
+def test_damaged_reviews_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(lra, "REVIEWS", 12)
     root = imdb(tmp_path)
     (root / "aclImdb/test/neg/3_3.txt").write_text(" ")
     with pytest.raises(DataError, match="test/neg/3_3.txt is empty"): load_task("text", root)
-    (root / "aclImdb/test/neg/3_3.txt").unlink(); __import__("shutil").rmtree(root / "aclImdb/test/pos")
-    with pytest.raises(DataError, match="pos is missing"): load_task("text", root)
-    with pytest.raises(DataError, match="no reviews in test/pos"): read_imdb(root / "aclImdb")
+    (root / "aclImdb/test/neg/3_3.txt").unlink()
+    with pytest.raises(DataError, match="11 reviews in test/neg, not 12"): load_task("text", root)
+    __import__("shutil").rmtree(root / "aclImdb/test/neg")
+    with pytest.raises(DataError, match="there are 0 reviews in test/neg"): read_imdb(root / "aclImdb", 12)
     packed(root, "aclImdb_v1.tar.gz", "w:gz")
     archive = root / "aclImdb_v1.tar.gz"; archive.write_bytes(archive.read_bytes()[:-300])
     with pytest.raises(DataError, match="aclImdb_v1.tar.gz is damaged or cut short"): load_task("text", root)
 
 
-def test_a_changed_source_is_encoded_anew(tmp_path):
+def test_a_changed_source_is_encoded_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(lra, "REVIEWS", 12)
     root = imdb(tmp_path); packed(root, "aclImdb_v1.tar.gz", "w:gz")
     before = load_task("text", root)["test"].values.clone()
-    imdb(tmp_path, 13); packed(root, "aclImdb_v1.tar.gz", "w:gz")
+    monkeypatch.setattr(lra, "REVIEWS", 13)
+    imdb(tmp_path, 13)
+    assert len(load_task("text", root)["test"].labels) == 26  # the folder is used before the archive
+    (root / "aclImdb/test/neg/3_3.txt").write_text("edited in place")
+    assert b"edited in place" in bytes(load_task("text", root)["test"].values.tolist())
+    packed(root, "aclImdb_v1.tar.gz", "w:gz")
     assert len(load_task("text", root)["test"].labels) == 26 and len(before) != len(load_task("text", root)["test"].values)
 
 
@@ -207,10 +252,15 @@ PAIR = b"1.0\tP1\tP2\tsome text here\tand another\n"
 
 @pytest.mark.parametrize("content, line, says", [
     (b"", 1, "no pairs"), (PAIR * 2 + PAIR[:-1], 3, "cut short"), (PAIR + PAIR[:20] + b"\n", 2, "5 columns"), (PAIR + b"2.0" + PAIR[3:], 2, "label should be 0 or 1, not '2.0'"),
-    (PAIR + b"\n", 2, "5 columns"), (b"label\tid1\tid2\ttext1\ttext2\n" + PAIR, 1, "label should be"), (b"0.0\ta\tb\t \tx\n", 1, "a text is empty"), (PAIR[:-1] + b"\tmore\n", 1, "not 6")])
+    (PAIR + b"\n", 2, "5 columns"), (b"label\tid1\tid2\ttext1\ttext2\n" + PAIR, 1, "label should be"), (PAIR[:-1] + b"\tmore\n", 1, "not 6")])
 def test_damaged_pairs_are_told_by_file_and_line(content, line, says, tmp_path):
     (tmp_path / "pairs.tsv").write_bytes(content)
     with pytest.raises(DataError, match=rf"pairs.tsv, line {line}: .*{says}"): list(read_pairs(tmp_path / "pairs.tsv"))
+
+
+def test_an_empty_text_is_one_space(tmp_path):
+    (tmp_path / "pairs.tsv").write_bytes(PAIR + b"0\ta\tb\t\tx\n")
+    assert list(read_pairs(tmp_path / "pairs.tsv"))[1] == (0, b" ", b"x")
 
 
 def test_pairs_are_written_and_read_back(samples):
@@ -275,7 +325,8 @@ def test_a_grey_file_is_used_as_it_is(place, tmp_path):
 
 
 @pytest.mark.parametrize("changes, says", [(dict(y_train=None), "lacks an array"), (dict(x_train=np.zeros((50, 1000), np.uint8)), "should be"), (dict(x_test=np.zeros((20, 1024), np.float32)), "should be"),
-                                           (dict(y_test=np.zeros(19, np.uint8)), "should be"), (dict(y_train=np.full(50, 10, np.uint8)), "should be"), ("cut", "is damaged")])
+                                           (dict(y_test=np.zeros(19, np.uint8)), "should be"), (dict(y_train=np.full(50, 10, np.uint8)), "should be"), (dict(y_train=np.full(50, -1)), "should be"), (dict(y_train=np.full(50, .5)), "should be"),
+                                           (dict(x_train=np.zeros((0, 1024), np.uint8), y_train=np.zeros(0, np.uint8)), "should be"), ("cut", "is damaged")])
 def test_damaged_pictures_are_told(changes, says, tmp_path):
     grey(tmp_path / GREY, **(changes if changes != "cut" else {}))
     if changes == "cut": (tmp_path / GREY).write_bytes((tmp_path / GREY).read_bytes()[:-5000])
@@ -347,16 +398,23 @@ def test_encoded_once_and_mapped(tmp_path):
     source.write_text("one")
     def parts():
         calls.append(1)
-        for part, label, text in (("test", 1, b"abc"), ("train", 0, b"defgh"), ("test", 0, b"i")): yield part, label, text
+        for part, label, text in (("test", 1, b"abc"), ("train", 0, b"defgh"), ("valid", 0, b"k"), ("test", 0, b"i")): yield part, label, text
     for _ in range(2):
         s = encoded([source], parts, "here")
-        assert list(s) == ["train", "test"] and bytes(s["test"].values.tolist()) == b"abci" and s["test"].labels.tolist() == [1, 0] and s["test"].starts.tolist() == [0, 3, 4]
+        assert list(s) == ["train", "valid", "test"] and bytes(s["test"].values.tolist()) == b"abci" and s["test"].labels.tolist() == [1, 0] and s["test"].starts.tolist() == [0, 3, 4]
     assert len(calls) == 1
     source.write_text("other"); encoded([source], parts, "here"); assert len(calls) == 2
     def broken(): yield "train", 0, b"x"; raise DataError("bad line")
     source.write_text("third")
     with pytest.raises(DataError, match="bad line"): encoded([source], broken, "here")
+    with pytest.raises(DataError, match="nothing is left for valid"): encoded([source], lambda: iter([("train", 0, b"x")]), "here")
+    def unreadable(): yield "train", 0, b"x"; open(tmp_path / "gone")
+    with pytest.raises(DataError, match="cannot read .*gone"): encoded([source], unreadable, "here")
+    with pytest.raises(DataError, match="cannot read .*gone"): encoded([tmp_path / "gone"], parts, "here")
     cache = Path(os.environ["XDG_CACHE_HOME"]) / "las_nb" / "encoded"
+    encoded([source], parts, "here"); n = len(calls)
+    next(cache.glob("*/test.values")).write_bytes(b"ab")  # cut
+    assert bytes(encoded([source], parts, "here")["test"].values.tolist()) == b"abci" and len(calls) == n + 1
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1  # nothing aside
 
 
@@ -381,7 +439,7 @@ def test_smoke_preset_trains_on_a_sample(task, samples, tmp_path):
     record = train(task, tmp_path / "run", preset="smoke", options=QUIET | dict(root=samples))
     assert time.monotonic() - began < 60
     assert record["sample"] and record["data"].startswith("SAMPLE") and record["preset"] == "smoke" and 0 <= record["test"] <= 100
-    assert set(record["trivial"]) == {"majority class"} | ({"root operator"} if task == "listops" else set())
+    assert set(record["trivial"]) == {"majority class"} | ({"root operator", "root and its digits"} if task == "listops" else set())
     assert record["command"] == f"las_train {task} --preset smoke" and record["name"] == f"{task}-smoke-las-none-0"
 
 

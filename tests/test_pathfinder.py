@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from las_nb.data import DataError, load_task
-from las_nb.pathfinder import SETTINGS, distances, kit, lay, read_pathfinder, scenes, write_pathfinder
+from las_nb.pathfinder import SETTINGS, distances, folders, kit, lay, read_pathfinder, scenes, write_pathfinder
 
 
 @pytest.fixture(autouse=True)
@@ -110,22 +110,57 @@ def test_labels_and_dots_are_balanced():
 
 
 def test_files_do_not_depend_on_jobs_and_are_resumed(tmp_path):
-    write_pathfinder(tmp_path / "a", 32, 2030, jobs=1)
-    write_pathfinder(tmp_path / "b", 32, 2030, jobs=2)
+    write_pathfinder(tmp_path / "a", 32, 1030, jobs=1)
+    write_pathfinder(tmp_path / "b", 32, 1030, jobs=2)
     a, b = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tmp_path / "a", tmp_path / "b"))
-    assert a == b and len(a) == 2033
+    assert a == b and len(a) == 1030 + 2 * 128 + 4
     (tmp_path / "b" / "metadata" / "1.npy").unlink(); shutil.rmtree(tmp_path / "b" / "imgs" / "1")  # cut in the second folder
     kept = (tmp_path / "b" / "imgs" / "0" / "sample_0.png").stat().st_mtime_ns
-    write_pathfinder(tmp_path / "b", 32, 2030, jobs=1)
+    write_pathfinder(tmp_path / "b", 32, 1030, jobs=1)
     assert {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()} == a
     assert (tmp_path / "b" / "imgs" / "0" / "sample_0.png").stat().st_mtime_ns == kept
     write_pathfinder(tmp_path / "c", 32, 30, seed=1, jobs=1)
     assert (tmp_path / "c" / "imgs" / "0" / "sample_3.png").read_bytes() != a[Path("imgs/0/sample_3.png")]
 
 
+@pytest.mark.parametrize("side, few, more", [(32, 40, 240), (128, 16, 32)])
+def test_a_smaller_set_is_a_part_of_a_larger_one(tmp_path, side, few, more):
+    write_pathfinder(tmp_path / "few", side, few, jobs=1); write_pathfinder(tmp_path / "more", side, more, jobs=1)
+    files = [p.relative_to(tmp_path / "few") for p in (tmp_path / "few").rglob("*.png")]
+    assert len(files) == few + 2 * (few // 8) and {p.parts[1] for p in files} == {"0", "160", "180"}
+    for p in files: assert (tmp_path / "few" / p).read_bytes() == (tmp_path / "more" / p).read_bytes()
+    for number in (0, 160, 180):
+        lines = [(tmp_path / f / "metadata" / f"{number}.npy").read_text() for f in ("few", "more")]
+        assert lines[1].startswith(lines[0])
+
+
+def test_the_whole_has_the_official_numbers():
+    assert folders(160_000) == [(i, 1000) for i in range(200)] and sum(n for _, n in folders(2000)) == 2500
+    with pytest.raises(ValueError, match="at most 160,000"): folders(160_001)
+
+
+def test_a_folder_that_was_lost_is_drawn_again(tmp_path):
+    before = load_task("pathfinder", tmp_path, limit=1200)
+    top = tmp_path / "generated-1200-seed0" / "pathfinder32" / "curv_contour_length_14"
+    (top / "metadata" / "1.npy").unlink()
+    after = load_task("pathfinder", tmp_path, limit=1200)
+    assert (top / "metadata" / "1.npy").exists()
+    for part in before: assert torch.equal(before[part].values, after[part].values) and torch.equal(before[part].labels, after[part].labels)
+
+
+def test_official_files_with_a_gap_are_refused(tmp_path):
+    official = tmp_path / "pathfinder32" / "curv_contour_length_14"
+    write_pathfinder(official, 32, 16, jobs=1)
+    with pytest.raises(DataError, match="metadata/1.npy is missing; complete the official files"): load_task("pathfinder", tmp_path)
+
+
+def only_first(top):
+    for number in (160, 180): (top / "metadata" / f"{number}.npy").unlink()
+
+
 @pytest.mark.parametrize("side", [32, 128])
 def test_official_layout_is_written_and_read_back(tmp_path, side):
-    write_pathfinder(tmp_path, side, 12, jobs=1)
+    write_pathfinder(tmp_path, side, 12, jobs=1); only_first(tmp_path)
     words = [line.split(" ") for line in (tmp_path / "metadata" / "0.npy").read_text().splitlines()]
     assert [w[:3] for w in words[:2]] == [["imgs/0", "sample_0.png", "0"], ["imgs/0", "sample_1.png", "1"]]
     for (pixels, label), w in zip(read_pathfinder(tmp_path, side), words, strict=True):
@@ -144,18 +179,18 @@ def test_official_layout_is_written_and_read_back(tmp_path, side):
     (lambda d: (d / "metadata/0.npy").write_bytes(b"\x93NUMPY\x01\x00\n"), "0.npy, line 1: "),
     (lambda d: (d / "metadata/0.npy").unlink(), "has no .npy files")])
 def test_damaged_files_are_told_by_file_and_line(tmp_path, damage, says):
-    write_pathfinder(tmp_path, 32, 6, jobs=1)
+    write_pathfinder(tmp_path, 32, 6, jobs=1); only_first(tmp_path)
     damage(tmp_path)
     with pytest.raises(DataError, match=says): list(read_pathfinder(tmp_path, 32))
 
 
 def test_tasks(tmp_path):
     splits = load_task("pathfinder", tmp_path, limit=80)
-    assert [len(splits[p].labels) for p in ("train", "valid", "test")] == [80, 8, 10] and "generated" in splits["test"].source
+    assert [len(splits[p].labels) for p in ("train", "valid", "test")] == [80, 8, 10] and "generated" in splits["test"].source  # validation is cut to a ninth
     b = splits["train"].rows(slice(3))
     assert b.inputs.shape == (3, 1024, 1) and b.lengths is None and -1 <= b.inputs.min() < -.9 and b.inputs.max() == 1
     official = tmp_path / "lra_release" / "pathfinder32" / "curv_contour_length_14"
-    write_pathfinder(official, 32, 50, seed=8, jobs=1)
+    write_pathfinder(official, 32, 50, seed=8, jobs=1); only_first(official)
     splits = load_task("pathfinder", tmp_path)
     assert splits["train"].source == "official files" and [len(splits[p].labels) for p in ("train", "valid", "test")] == [40, 5, 5]
     assert (splits["train"].labels == torch.tensor([label for _, label in read_pathfinder(official, 32)][:40])).all()
