@@ -9,7 +9,7 @@ __all__ = ['OPERATORS', 'DIGITS', 'COMPUTE', 'BLOCK', 'PARTS', 'VOCAB', 'CODES',
            'root_and_digits']
 
 # %% ../nbs/13_listops.ipynb #5662a6db
-import json, multiprocessing, os, random, signal, tempfile, threading
+import json, multiprocessing, os, random, signal, sys, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -100,7 +100,7 @@ def in_parallel(
     from tqdm import tqdm
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(todo))
-    bar = partial(tqdm, total=len(todo), mininterval=1, delay=5, leave=False, unit="block", disable=len(todo) < 4)
+    bar = partial(tqdm, total=len(todo), mininterval=1 if sys.stderr.isatty() else 30, delay=5, leave=False, unit="block", disable=len(todo) < 4)
     if jobs <= 1: yield from bar(map(work, todo)); return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         main = threading.current_thread() is threading.main_thread()
