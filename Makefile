@@ -31,7 +31,7 @@ docs: .venv/ready  ## render the site into _docs (needs Quarto)
 	touch README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
 
-experiments: .venv/ready  ## make the runs of the sMNIST page that are missing; takes up what was cut (hours, on a GPU)
+experiments: .venv/ready  ## make the runs of the book that are missing; takes up what was cut (many hours, on a GPU)
 	$(BIN)/las_experiments run
 
 results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 11 minutes)

@@ -91,7 +91,7 @@ def presets(
 # %% ../nbs/10_train.ipynb #39606c2d
 def preset(
     task: str,  # a key of every_task()
-    **changes,  # fields of Recipe that shall differ from the preset; `preset` names another one
+    **changes,  # fields of Recipe that shall differ from the preset; one of them, preset, names another
 ) -> Recipe:
     """The recipe of a task, with changes.
 

@@ -71,7 +71,7 @@ def test_metadata_comes_from_settings(wheel):
     assert meta["Version"] == s["version"] and meta["Summary"] == s["description"] and meta["Author"] == s["author"]
     assert set(meta.get_all("Provides-Extra")) == {"train", "hub", "dev"}
     assert any(s["git_url"] in u for u in meta.get_all("Project-URL"))
-    assert wheel.stat().st_size < 100_000
+    assert wheel.stat().st_size < 150_000  # code alone: no notebooks, no results
     import las_nb
     assert las_nb.__version__ == s["version"]
 
