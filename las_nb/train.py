@@ -703,8 +703,8 @@ def train_main(args: list[str] | None = None):
     "Command `las_train`."
     recipe, run = options_of(Recipe), options_of(Trainer.__init__, skip=("deadline", "progress", "name"))
     run |= {name: o for name, o in options_of(train).items() if name in ("out", "resume")}
-    parser = Parser("las_train", description="Train a model on a task.", allow_abbrev=False, epilog=" ".join(
-        f"Preset {name} of {task}: {', '.join(f'{k} {v}' for k, v in changes.items()) or 'the defaults'}." for task in every_task() for name, changes in presets(task).items()))
+    parser = Parser("las_train", description="Train a model on a task.", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="presets:\n" + "\n".join(
+        f"  {task} {name}: {', '.join(f'{k} {v}' for k, v in changes.items()) or 'the defaults'}" for task in every_task() for name, changes in presets(task).items()))
     parser.add_argument("task", help=", ".join(every_task()))
     for title, group in ("the recipe", recipe), ("the run", run):
         section = parser.add_argument_group(title)
