@@ -157,7 +157,7 @@ def compare(
 @functools.cache  # the code that runs is that of the first call, whatever happens to the files later
 def commit_id() -> str:  # short hash, with "-dirty" when files differ from it; "unknown" outside git
     "The commit of the code that runs."
-    def git(*args): return subprocess.run(["git", *args], cwd=Path(las_nb.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args): return subprocess.run(["git", "--no-optional-locks", *args], cwd=Path(las_nb.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie inside somebody else's repository
         return git("describe", "--always", "--dirty", "--exclude=*")
