@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'digits_data', 'accuracy', 'fit', 'make_model', 'RemoteBar'
            'groups', 'mean_range', 'table', 'plot_curves', 'plot_maps', 'plot_summary', 'refuse', 'main']
 
 # %% ../nbs/08_digits.ipynb #a34fad97
-import functools, importlib.util, io, json, math, multiprocessing, os, signal, subprocess, sys, time
+import functools, importlib.util, io, json, math, multiprocessing, os, signal, subprocess, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -100,7 +100,7 @@ class RemoteBar:
 
 # %% ../nbs/08_digits.ipynb #eb1510b4
 def start_worker(threads):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers
     torch.set_num_threads(threads)
 
 def run(name, seed, epochs, out, bar=None):
@@ -137,7 +137,11 @@ def compare(
     with ctx.Manager() as manager, ProcessPoolExecutor(jobs, ctx, start_worker, (threads,)) as pool:
         queue = manager.Queue()
         try:
-            futures = [pool.submit(run, *k, epochs, str(out), RemoteBar(queue, k)) for k in keys]
+            main = threading.current_thread() is threading.main_thread()
+            before_c = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # workers that still load inherit this
+            try: futures = [pool.submit(run, *k, epochs, str(out), RemoteBar(queue, k)) for k in keys]
+            finally:
+                if main: signal.signal(signal.SIGINT, before_c)
             while not all(f.done() for f in futures) or not queue.empty():
                 for f in futures:
                     if f.done(): f.result()  # raises what stopped the run
