@@ -9,7 +9,7 @@ __all__ = ['OPERATORS', 'DIGITS', 'COMPUTE', 'BLOCK', 'PARTS', 'VOCAB', 'CODES',
            'root_and_digits']
 
 # %% ../nbs/13_listops.ipynb #5662a6db
-import json, multiprocessing, os, random, signal, sys, tempfile, threading
+import json, multiprocessing, os, random, sys, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 import torch
 from .data import DataError, Sequences, encoded
+from .digits import deaf_children
 from .model import replace_file
 
 # %% ../nbs/13_listops.ipynb #ed718418
@@ -103,10 +104,7 @@ def in_parallel(
     bar = partial(tqdm, total=len(todo), mininterval=1 if sys.stderr.isatty() else 30, delay=5, leave=False, unit="block", disable=len(todo) < 4)
     if jobs <= 1: yield from bar(map(work, todo)); return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # Ctrl-C is for this process alone: the others inherit this
-        try: results = pool.map(work, todo)
-        finally: main and signal.signal(signal.SIGINT, before)
+        with deaf_children(): results = pool.map(work, todo)
         try: yield from bar(results)
         except BrokenProcessPool: raise DataError("a process was killed while it generated data, perhaps for want of memory; try fewer --jobs") from None
         except BaseException:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LRA_URL', 'IMDB', 'KINDS', 'REVIEWS', 'AAN', 'GREY', 'CIFAR', 'FAST', 'SHORT', 'SMOKE', 'PAPER', 'ARENA', 'TASKS',
            'TITLES', 'alone', 'download', 'file_digest', 'members', 'extract', 'from_archive', 'imdb_files',
-           'read_imdb', 'text', 'read_pairs', 'retrieval', 'aan_folder', 'grey_cifar', 'make_grey', 'image',
+           'read_imdb', 'dealt', 'text', 'read_pairs', 'retrieval', 'aan_folder', 'grey_cifar', 'make_grey', 'image',
            'make_text', 'make_retrieval', 'make_image', 'refuse_size', 'unpacked_first', 'pixels', 'averages',
            'arena_scores', 'arena_table']
 
@@ -177,6 +177,15 @@ def read_imdb(
     return {kind: [content for _, content in sorted(found.items())] for kind, found in reviews.items()}
 
 # %% ../nbs/15_lra.ipynb #e561aa65
+def dealt(
+    part: str,  # of the official set: "train" or "test"
+    n: int,  # its sequences
+) -> list[tuple[str, int]]:  # (our part, row)
+    "The rows of an official part in random order, the first tenth of the training rows for validation."
+    held = n // 10 if part == "train" else 0
+    return [("valid" if i < held else part, row) for i, row in enumerate(shuffled(n).tolist())]
+
+# %% ../nbs/15_lra.ipynb #1bd6964f
 def text(root: Path, limit=None, sample: bool = False, seed: int = 0) -> dict[str, Sequences]:  # "train" 22,500, "valid" 2,500, "test" 25,000
     "Film reviews as bytes, in random order."
     if sample: made, source = make_text(root, sample=True, seed=seed)
@@ -186,8 +195,7 @@ def text(root: Path, limit=None, sample: bool = False, seed: int = 0) -> dict[st
         reviews = read_imdb(made, 100 if sample else REVIEWS)
         for part in ("train", "test"):
             rows = [(label, r[:4095] + b"\0") for label, kind in enumerate(("neg", "pos")) for r in reviews[f"{part}/{kind}"]]
-            order, held = shuffled(len(rows)).tolist(), len(rows) // 10 if part == "train" else 0
-            for i, row in enumerate(order): yield ("valid" if i < held else part, *rows[row])
+            for ours, row in dealt(part, len(rows)): yield (ours, *rows[row])
     return encoded(files, parts, source)
 
 # %% ../nbs/15_lra.ipynb #ddf3f8e3
@@ -269,8 +277,7 @@ def image(root: Path, limit=None, sample: bool = False, seed: int = 0) -> dict[s
             if (x[part].ndim != 2 or x[part].shape[1] != 1024 or x[part].dtype != np.uint8 or y[part].shape != x[part].shape[:1] or not len(y[part])
                     or y[part].dtype.kind not in "iu" or not 0 <= y[part].min() <= y[part].max() <= 9):
                 raise DataError(f"{path}: x_{part} should be (N, 1024) uint8 and y_{part} N labels from 0 to 9; got {x[part].shape} {x[part].dtype} and {y[part].shape}; delete it and get it again")
-            order, held = shuffled(len(x[part])).tolist(), len(x[part]) // 10 if part == "train" else 0
-            for i, row in enumerate(order): yield "valid" if i < held else part, int(y[part][row]), x[part][row].tobytes()
+            for ours, row in dealt(part, len(x[part])): yield ours, int(y[part][row]), x[part][row].tobytes()
     return encoded([path], parts, source, scale=(122.6 / 255, 61 / 255))
 
 # %% ../nbs/15_lra.ipynb #aec1107e

@@ -8,8 +8,7 @@ from las_nb.listops import (OPERATORS, VOCAB, block_of_lines, evaluate, grow, lo
                             root_operator, to_text, to_tokens, write_listops)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch): monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def by_python(text):
