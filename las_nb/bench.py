@@ -55,7 +55,7 @@ def trained_inputs(case):
     block = model.blocks[0]
     start = torch.arange(case.batch)[:, None] * 64
     x = pixels[(start + torch.arange(case.L)) % len(pixels)][..., None]  # (B, L, 1)
-    with torch.no_grad(): return block.attention.heads(block.norm1(model.embedded(x)))
+    with torch.no_grad(): return block.mixer.heads(block.norm1(model.embedded(x)))
 
 # %% ../nbs/12_bench.ipynb #da9e5eaf
 class Skip(Exception):

@@ -229,10 +229,10 @@ def plot_maps(
         h = model.eval().embedded(x[None])  # (1, L, dim)
         for block in model.blocks[:layer]: h = block(h)
         block = model.blocks[layer]
-        weights = block.attention.weights(block.norm1(h) if block.prenorm else h)[0]  # (H, L, L)
+        weights = block.mixer.weights(block.norm1(h) if block.prenorm else h)[0]  # (H, L, L)
         row[0].imshow(x.view(side, side).numpy(), cmap="gray_r"); row[0].set(title=name, xticks=[], yticks=[])
         for i, (ax, w) in enumerate(zip(row[1:], weights)):
-            ax.imshow(w.sqrt().numpy(), cmap="cividis", vmin=0, vmax=w.sqrt().quantile(.995).item()); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.attention.rates[i]:.3g}", xlabel="key")
+            ax.imshow(w.sqrt().numpy(), cmap="cividis", vmin=0, vmax=w.sqrt().quantile(.995).item()); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.mixer.rates[i]:.3g}", xlabel="key")
         row[1].set_ylabel("query")
 
 # %% ../nbs/08_digits.ipynb #8100798f

@@ -131,6 +131,6 @@ def test_maps_of_a_model_with_positions_are_its_own():
     axs = Figure().subplots(1, 5, squeeze=False)
     plot_maps({"LaS + positions": model}, x, axs)
     block = model.blocks[0]
-    want = block.attention.weights(block.norm1(model.embedded(x[None])))[0, 3].detach().sqrt()
+    want = block.mixer.weights(block.norm1(model.embedded(x[None])))[0, 3].detach().sqrt()
     assert torch.allclose(torch.tensor(axs[0, 4].images[0].get_array()), want)
     with pytest.raises(ValueError, match="'plain'"): make_model("las")

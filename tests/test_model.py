@@ -73,8 +73,8 @@ def test_plain_corner_is_torchs_transformer(positions):
     mask = torch.nn.Transformer.generate_square_subsequent_mask(13, dtype=torch.float64)
     for block in model.blocks:
         layer.load_state_dict({
-            "self_attn.in_proj_weight": block.attention.qkv.weight, "self_attn.in_proj_bias": block.attention.qkv.bias,
-            "self_attn.out_proj.weight": block.attention.out.weight, "self_attn.out_proj.bias": block.attention.out.bias,
+            "self_attn.in_proj_weight": block.mixer.qkv.weight, "self_attn.in_proj_bias": block.mixer.qkv.bias,
+            "self_attn.out_proj.weight": block.mixer.out.weight, "self_attn.out_proj.bias": block.mixer.out.bias,
             "linear1.weight": block.feedforward[0].weight, "linear1.bias": block.feedforward[0].bias,
             "linear2.weight": block.feedforward[2].weight, "linear2.bias": block.feedforward[2].bias,
             "norm1.weight": block.norm1.weight, "norm1.bias": block.norm1.bias, "norm2.weight": block.norm2.weight, "norm2.bias": block.norm2.bias})
@@ -87,7 +87,7 @@ def test_las_and_plain_share_names_and_shapes():
     assert {k: v.shape for k, v in las.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     assert count_parameters(las) == count_parameters(plain)
     las.load_state_dict(plain.state_dict())
-    assert las.blocks[0].attention.rates.max() > 0  # the weights moved, the rates stayed
+    assert las.blocks[0].mixer.rates.max() > 0  # the weights moved, the rates stayed
 
 
 def test_attention_arguments_pass_through():

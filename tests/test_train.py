@@ -439,7 +439,7 @@ def test_save_and_load(tmp_path):
     model.save_pretrained(tmp_path / "m")
     again = LaSTransformer.from_pretrained(tmp_path / "m")
     assert again.config == model.config and same(again.state_dict(), model.state_dict()) and not again.training
-    assert torch.equal(again.blocks[0].attention.rates, model.blocks[0].attention.rates) and again.blocks[0].attention.window == 5
+    assert torch.equal(again.blocks[0].mixer.rates, model.blocks[0].mixer.rates) and again.blocks[0].mixer.window == 5
     with pytest.raises(FileNotFoundError, match="config.json is missing"): LaSTransformer.from_pretrained(tmp_path)
     for name, content, says in ("model.safetensors", b"x" * 99, "is damaged"), ("config.json", b"{", "config.json is damaged"):
         old = (tmp_path / "m" / name).read_bytes()
