@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'MODELS', 'Case', 'make_inputs', 'trained_inputs', 'Skip', 'plain', 'dense', 'las', 'flex', 'alibi',
-           'memory_left', 'fastest_backend', 'call', 'timed', 'compare_ways', 'error_of', 'resident', 'probe_memory',
-           'peak_memory', 'model_speed', 'training_step', 'speed_table', 'plot_speed', 'numbers', 'read_cases',
-           'bench_main', 'measure']
+           'memory_left', 'fastest_backend', 'call', 'timed', 'compare_ways', 'error_of', 'resident', 'peak_of',
+           'probe_memory', 'answer', 'apart', 'peak_memory', 'model_speed', 'training_step', 'speed_table',
+           'plot_speed', 'numbers', 'read_cases', 'bench_main', 'measure']
 
 # %% ../nbs/12_bench.ipynb #47e65963
 import contextlib, functools, importlib, json, math, multiprocessing, os, re, statistics, sys, time, torch, torch.nn.functional as F
@@ -182,33 +182,47 @@ def resident(peak=False):
         info = psutil.Process().memory_info()
         return getattr(info, "peak_wset", info.rss) if peak else info.rss
 
-def probe_memory(name, case, queue):
-    "Peak of one call, over what was there before; put into `queue`."
+def peak_of(call, device: str) -> int:  # bytes
+    "Peak memory of a call, over what was there before."
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident()
+    call()
+    return resident(peak=True) - before
+
+def probe_memory(name, case):
+    "Peak of one call of a method."
     case = Case(**case)
-    try:
-        call(WAYS[name], small := case._replace(L=64), *make_inputs(small))  # what loads at first use
-        if case.device == "cuda":
-            torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-            call(WAYS[name], case, *make_inputs(case))
-            queue.put(torch.cuda.max_memory_allocated() - before)
-        else:
-            before = resident()
-            call(WAYS[name], case, *make_inputs(case))
-            queue.put(resident(peak=True) - before)
+    call(WAYS[name], small := case._replace(L=64), *make_inputs(small))  # what loads at first use
+    return peak_of(lambda: call(WAYS[name], case, *make_inputs(case)), case.device)
+
+def answer(function, args, queue):
+    "Put what a function says, or why it says nothing, into a queue."
+    module, name = function.split(":")
+    try: queue.put(getattr(importlib.import_module(module), name)(*args))
     except Exception as e: queue.put(str(e).splitlines()[0] if str(e) else type(e).__name__)
+
+def apart(
+    function: str,  # such as "las_nb.bench:probe_memory"; found by the new process, in a notebook too
+    *args,  # of the function
+) -> int | None:  # bytes; None where it failed
+    "What a function that measures memory finds in a process of its own."
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    target = importlib.import_module("las_nb.bench").answer
+    worker = context.Process(target=target, args=(function, args, queue), daemon=True)
+    worker.start(); worker.join()
+    found = None if queue.empty() else queue.get()
+    return found if isinstance(found, int) else None
 
 def peak_memory(
     name: str,  # of `WAYS`
     case: Case,
 ) -> int | None:  # bytes, with the inputs and their gradients; None where it failed
     "Peak memory of one call, in a process of its own."
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    target = importlib.import_module("las_nb.bench").probe_memory  # found by the new process, in a notebook too
-    worker = context.Process(target=target, args=(name, case._asdict(), queue), daemon=True)
-    worker.start(); worker.join()
-    found = None if queue.empty() else queue.get()
-    return found if isinstance(found, int) else None
+    return apart("las_nb.bench:probe_memory", name, case._asdict())
 
 # %% ../nbs/12_bench.ipynb #9dbef063
 MODELS = {  # name -> length, batch on a GPU, batch on a CPU, arguments of LaSTransformer
@@ -238,10 +252,10 @@ def model_speed(
     speed = {kind: [batch * L / t for t in ts] for kind, ts in times.items()}
     return {kind: dict(tokens_per_s=statistics.median(s), low=min(s), high=max(s), ratio=statistics.median(s) / statistics.median(speed["plain"])) for kind, s in speed.items()}
 
-def training_step(model, optimizer, x, y):
+def training_step(model, optimizer, x, y, lengths=None):
     "One step of training, as a function without arguments."
     def step():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda): loss = F.cross_entropy(model(x).float(), y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda): loss = F.cross_entropy(model(x, lengths).float(), y)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
         return loss.item()  # waits for the device
     return step

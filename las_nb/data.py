@@ -143,9 +143,9 @@ class Task(NamedTuple):
     readers: dict = {}  # name -> (split -> one whole number per sequence): what a trivial reader looks at
     presets: dict = {}  # name -> settings of the next chapter's Recipe
 
-TASKS = {"digits": Task(lambda root, **_: small_digits(), 10, in_features=1),
-         "smnist": Task(lambda root, **_: mnist(root), 10, in_features=1),
-         "pmnist": Task(lambda root, **_: mnist(root, permuted=True), 10, in_features=1)}
+TASKS = {"digits": Task(lambda root, **_: small_digits(), 10, in_features=1, max_len=64),
+         "smnist": Task(lambda root, **_: mnist(root), 10, in_features=1, max_len=784),
+         "pmnist": Task(lambda root, **_: mnist(root, permuted=True), 10, in_features=1, max_len=784)}
 
 # %% ../nbs/09_data.ipynb #c5965ac9
 def every_task() -> dict[str, Task]:

@@ -279,7 +279,7 @@ class ImplicitFilter(nn.Module):
     def __init__(self, dim, max_len, width):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, dim, bias=False)])
-        self.speed = slow(nn.Parameter(torch.ones(width)))
+        self.speed = nn.Parameter(torch.ones(width))
         t, w = torch.linspace(0, 1, max_len)[:, None], 2e-4 * math.pi * torch.arange(max_len)[:, None] / max_len
         rates = -math.log(.01) * torch.linspace(1 / 1.5, 1 / .3, dim)  # e-folds over the whole length
         self.register_buffer("positions", torch.cat([t, w.cos(), -w.sin()], -1), persistent=False)  # (max_len, 3)
@@ -319,7 +319,7 @@ class EMA(nn.Module):
     def __init__(self, dim, causal=True, n_state=16):
         super().__init__()
         shape = (1 if causal else 2, dim, n_state)
-        self.p, self.damping = (slow(nn.Parameter(.2 * torch.randn(shape))) for _ in range(2))
+        self.p, self.damping = (nn.Parameter(.2 * torch.randn(shape)) for _ in range(2))
         self.spread = nn.Parameter(torch.tensor([1., -1.]).repeat(n_state)[:n_state] + .02 * torch.randn(shape))
         self.read, self.skip = nn.Parameter(torch.randn(shape) * n_state ** -.5), nn.Parameter(torch.randn(dim))
 

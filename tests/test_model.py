@@ -120,7 +120,7 @@ def test_autocast_and_compile_free_backward():
 @pytest.mark.parametrize("kw, says", [
     (dict(vocab=0), "vocab must be"), (dict(dim=-16), "dim must be"), (dict(vocab=2.5), "vocab must be"),
     (dict(vocab=None), "either vocab"), (dict(in_features=1), "either vocab"), (dict(norm="rms"), "norm must be"),
-    (dict(readout="max"), "readout must be"), (dict(positions="rotary"), "positions must be"), (dict(max_len=0), "max_len")])
+    (dict(readout="max"), "readout must be"), (dict(positions="rotray"), "positions must be"), (dict(positions="rotary"), "cannot be given rotary"), (dict(max_len=0), "max_len")])
 def test_bad_models_are_explained(kw, says):
     with pytest.raises(ValueError, match=says): make(**kw)
 
