@@ -141,7 +141,8 @@ def orthogonal_directions(
     D: int,  # width
 ) -> torch.Tensor:  # `(n, D)`, each row as if from a standard normal law
     "Random directions, orthogonal in sets of `D`, with the lengths of Gaussian ones (FAVOR+)."
-    sets = [torch.linalg.qr(torch.randn(D, D))[0].T for _ in range(-(-n // D))]
+    pairs = [torch.linalg.qr(torch.randn(D, D)) for _ in range(-(-n // D))]
+    sets = [(q * r.diagonal().sign()).T for q, r in pairs]  # LAPACK fixes signs, which would favour a half of space
     return torch.cat(sets)[:n] * torch.randn(n, D).norm(dim=-1, keepdim=True)
 
 # %% ../nbs/16_layers.ipynb #dd5ab021

@@ -47,7 +47,7 @@ def test_presets_build_a_model_that_runs(task):
 @pytest.mark.parametrize("changes, says", [
     (dict(lrr=1), "no option 'lrr'; did you mean lr"), (dict(norm="bath"), "did you mean batch"), (dict(epochs=1.5), "epochs must be int"),
     (dict(epochs=0), "at least 1"), (dict(lr=0), "above 0"), (dict(lr=math.nan), "above 0"), (dict(warmup=1), "below 1"), (dict(clip=-1), "above 0"),
-    (dict(prenorm=1), "prenorm must be bool"), (dict(limit=0), "limit must be at least 1"), (dict(model="mamba"), "'las', 'plain'"),
+    (dict(prenorm=1), "prenorm must be bool"), (dict(limit=0), "limit must be at least 1"), (dict(model="mamba"), "'plain', 'las'"),
     (dict(schedule="cosin"), "did you mean cosine"), (dict(model="plain", max_rate=.1), "plain attention has no max_rate"), (dict(epochs=True), "epochs must be int")])
 def test_wrong_options_are_explained(changes, says):
     with pytest.raises(ValueError, match=re.escape(says)): build(preset("digits", **changes))
