@@ -369,6 +369,6 @@ class Mega(nn.Module):
         return u.sigmoid() * (F.silu(h + self.out(F.silu(r) * o)) - x)
 
 # %% ../nbs/16_layers.ipynb #d5bf68ce
+register_mixer("las-chunk", functools.partial(LaSAttention, chunk=64))
 for name, make in dict(attention=Attention, alibi=ALiBi, local=Local, linear=LinearAttention, performer=Performer, linformer=Linformer,
                        s4d=S4D, sgconv=SGConv, hyena=Hyena, mega=Mega).items(): register_mixer(name, make)
-register_mixer("las-chunk", functools.partial(LaSAttention, chunk=64))
