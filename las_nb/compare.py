@@ -27,7 +27,12 @@ def read_grid(
     Raises `ValueError` for a file that cannot be read or asks for what does not exist."""
     grid = parse_toml(path)
     for name in grid: check_choice("entry", name, ("imports", "seeds", "reference", "tolerance", "tasks", "mixers"))
-    for name in grid.get("imports", []): importlib.import_module(name)  # layers from elsewhere register themselves
+    for name, kind, words in ("imports", list, "a list"), ("seeds", list, "a list of whole numbers"), ("tasks", dict, "tables"), ("mixers", dict, "tables"):
+        entries = grid.get(name, kind())
+        if not isinstance(entries, kind) or kind is dict and not all(isinstance(t, dict) for t in entries.values()): raise ValueError(f"{path}: {name} must be {words}; got {entries!r}")
+    for name in grid.get("imports", []):  # layers from elsewhere register themselves
+        try: importlib.import_module(name)
+        except ImportError as e: raise ValueError(f"{path} imports {name}: {e}") from None
     variants = {label: own for name, table in grid.get("mixers", {"las": {}}).items() for label, own in spread(name, table)}
     check_choice("reference", reference := grid.get("reference", next(iter(variants))), tuple(variants))
     cells = {}
@@ -181,7 +186,7 @@ def compare_table(
     text = [f"| layer | test accuracy (%) | minus {reference} (95 % interval) | parameters | step time / {reference} | tokens/s | step memory (MiB) |", "|---|---:|---:|---:|---:|---:|---:|"]
     for r in rows:
         c = cost.get(r["label"], {})
-        gap = "-" if r["label"] == reference or r["difference"] is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*r["difference"])
+        gap = "-" if r["label"] == reference or r["difference"] is None else ("{:+.1f} ({:+.1f} to {:+.1f})" if math.isfinite(r["difference"][1]) else "{:+.1f} (one seed)").format(*r["difference"])
         text.append(f"| {r['label']} | {r['mean']:.1f}{'' if r['error'] is None else ' ± {:.1f}'.format(r['error'])} | {gap} | {r['params']:,} | "
                     f"{'{:.2f}'.format(c['seconds'] / base) if c and base else '-'} | {c.get('tokens_per_s', r['tokens_per_s']):,.0f} | {'{:.0f}'.format(c['memory'] / 2**20) if c.get('memory') else '-'} |")
     return "\n".join(text)
