@@ -125,8 +125,8 @@ def linear_attention(
 class LinearAttention(SelfAttention):
     "Linear attention (Katharopoulos et al. 2020), features `elu(x) + 1`; O(L) time and memory."
     def features(self, x, query: bool):
-        "Positive features of queries or keys."
-        return F.elu(x) + 1
+        "Positive features of queries or keys: `elu(x) + 1`, without its rounding to zero."
+        return torch.where(x > 0, x + 1, x.clamp(-30, 0).exp())
 
     def mix(self, q, k, v, lengths):
         with torch.autocast(q.device.type, enabled=False):  # sums over the whole past need their digits
@@ -163,7 +163,7 @@ class Performer(LinearAttention):
         w = self.directions.to(x)
         x = x * x.shape[-1] ** -.25  # half of the division by sqrt(D)
         e = x @ w.T - x.square().sum(-1, keepdim=True) / 2  # (B, H, L, features)
-        return (e - (e.amax(-1, keepdim=True) if query else w.square().sum(-1).max() / 4)).exp()  # both constants cancel
+        return (e - (e.amax(-1, keepdim=True) if query else w.square().sum(-1).max() / 4)).clamp(min=-60).exp()  # both constants cancel
 
 # %% ../nbs/16_layers.ipynb #aeabde24
 class Linformer(SelfAttention):

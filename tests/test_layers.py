@@ -259,3 +259,12 @@ def test_a_layer_from_elsewhere():
     (dict(name="local", reach=0), "reach must be"), (dict(name="performer", features=0), "features must be"), (dict(name="attention", positions="rotary", n_heads=16), "even width"), (dict(name="attention", n_heads=3), "multiple of n_heads")])
 def test_wrong_options_are_explained(kw, says):
     with pytest.raises(ValueError, match=says): LaSTransformer(5, 16, 1, in_features=1, mixer=kw.pop("name"), **dict(n_heads=4) | kw)
+
+
+@pytest.mark.parametrize("name", ["linear", "performer"])
+def test_large_inputs_have_finite_gradients(name):
+    "Features that round to zero once made a run's gradient infinite."
+    for scale in (1., 30., 1e3):
+        layer, x = make(name, dtype=torch.float32), (scale * noise(2, 40, 16).float()).requires_grad_()
+        layer(x).square().sum().backward()
+        assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
