@@ -226,7 +226,7 @@ def plot_tradeoff(
     ax.set(xscale="log", xlabel=f"time of a training step, relative to {reference} (log scale)", ylabel="test accuracy (%), mean and standard error")
     ticks = [t for t in (.1, .2, .3, .5, .7, 1, 1.5, 2, 3, 5, 10) if min(xs) * .85 <= t <= max(xs) * 1.15]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.minorticks_off()
-    ax.set_xlim(min(xs) * .9, edge * (edge / min(xs)) ** .35); ax.grid(alpha=.3); ax.legend(fontsize=8, loc="lower left")
+    ax.set_xlim(min(xs) * .9, edge * (edge / min(xs)) ** .5); ax.grid(alpha=.3); ax.legend(fontsize=8, ncol=4, loc="lower center", bbox_to_anchor=(.5, 1))
 
 # %% ../nbs/17_compare.ipynb #7759e1a2
 def plot_differences(
