@@ -76,7 +76,8 @@ def test_bad_calls_end_with_one_line_and_code_2(args, says):
 
 
 def test_ctrl_c_ends_the_command_and_its_workers(tmp_path):
-    p = subprocess.Popen([COMMAND, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([COMMAND, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # background jobs of a shell inherit that it is ignored
     seen = ""
     while "seed 0" not in seen: seen += (c := p.stderr.read(1)); assert c, seen  # the first bar: training has begun
     os.killpg(p.pid, signal.SIGINT)
