@@ -220,7 +220,7 @@ class LongConv(nn.Module):
 
 # %% ../nbs/16_layers.ipynb #e6d0c62e
 def slow(parameter: nn.Parameter) -> nn.Parameter:
-    "Marks what describes a system's dynamics: trained without weight decay, at a rate of at most 0.001 (as in the S4 repository)."
+    "Marks what describes a kernel: trained without weight decay, at a highest rate of 0.001 at most (as in the S4 and safari repositories)."
     parameter.slow = True
     return parameter
 
@@ -244,13 +244,13 @@ class S4D(LongConv):
         self.c = nn.Parameter(torch.randn(self.ways, dim, N, 2) * .5 ** .5)  # real and imaginary parts
 
     def system(self):
-        "What a step multiplies the states with, and what reads them out: `(dim, N)` and `(ways, dim, N)`, complex."
+        "The logarithm of what a step multiplies the states with, and what reads them out: `(dim, N)` and `(ways, dim, N)`, complex."
         a, dt = torch.complex(-self.log_decay.exp(), self.frequency), self.log_dt.exp()
-        return torch.exp(dt * a), torch.view_as_complex(self.c) * (torch.exp(dt * a) - 1) / a  # zero-order hold
+        return dt * a, torch.view_as_complex(self.c) * (torch.exp(dt * a) - 1) / a  # zero-order hold
 
     def kernel(self, L):
-        step, c = self.system()
-        powers = torch.exp(step.log()[..., None] * torch.arange(L, device=c.device))  # (dim, N, L)
+        log_step, c = self.system()
+        powers = torch.exp(log_step[..., None] * torch.arange(L, device=c.device))  # (dim, N, L)
         return 2 * torch.einsum("wcn,cnl->wcl", c, powers).real
 
 # %% ../nbs/16_layers.ipynb #2a0a5d26
@@ -265,7 +265,7 @@ class SGConv(LongConv):
     ):
         super().__init__(dim, causal)
         self.max_len, pieces = max_len, 1 + max(0, math.ceil(math.log2(max_len / width)))  # lengths width x (1, 1, 2, 4, ...)
-        self.pieces = nn.Parameter(torch.randn(pieces, self.ways * dim, width))
+        self.pieces = slow(nn.Parameter(torch.randn(pieces, self.ways * dim, width)))
         self.register_buffer("norm", torch.ones(()))
         with torch.no_grad(): self.norm = self.kernel(max_len).norm(dim=-1).mean()
 
@@ -281,6 +281,7 @@ class ImplicitFilter(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, dim, bias=False)])
         self.speed = nn.Parameter(torch.ones(width))
+        for p in self.parameters(): slow(p)
         t, w = torch.linspace(0, 1, max_len)[:, None], 2e-4 * math.pi * torch.arange(max_len)[:, None] / max_len
         rates = -math.log(.01) * torch.linspace(1 / 1.5, 1 / .3, dim)  # e-folds over the whole length
         self.register_buffer("positions", torch.cat([t, w.cos(), -w.sin()], -1), persistent=False)  # (max_len, 3)
@@ -331,7 +332,7 @@ class EMA(nn.Module):
 
     def kernel(self, L):
         keep, gain = self.system()
-        return torch.einsum("wcn,wcnl->wcl", gain, torch.exp(keep.log()[..., None] * torch.arange(L, device=gain.device)))
+        return torch.einsum("wcn,wcnl->wcl", gain, torch.exp(keep.clamp(min=1e-30).log()[..., None] * torch.arange(L, device=gain.device)))
 
     def forward(self, u): return long_conv(u, self.kernel(u.shape[-1])) + self.skip[:, None] * u
 

@@ -55,12 +55,13 @@ NORMS = {"layer": PositionNorm, "batch": MaskedBatchNorm}
 
 # %% ../nbs/07_model.ipynb #e6be9fd6
 def clear_padding(
-    x: torch.Tensor,  # `(B, L, dim)`
+    x: torch.Tensor,  # `(B, L)` or `(B, L, dim)`
     lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
-) -> torch.Tensor:  # `(B, L, dim)`
+) -> torch.Tensor:  # of the same shape
     "Zeros in place of what lies behind the end of a sequence; padding may hold anything."
     if lengths is None: return x
-    return x.masked_fill(~key_mask(lengths, *x.shape[:2], x.device)[..., None], 0)
+    real = key_mask(lengths, *x.shape[:2], x.device)  # (B, L)
+    return x.masked_fill(~real.view(*real.shape, *[1] * (x.ndim - 2)), 0)
 
 # %% ../nbs/07_model.ipynb #fdfd70ec
 class SelfAttention(nn.Module):
@@ -296,9 +297,7 @@ class LaSTransformer(nn.Module):
     ) -> torch.Tensor:  # `(B, L, dim)`
         "What enters the first block: the embedding, with positions if the model has them."
         self.check(inputs)
-        if lengths is not None:  # padding may hold anything
-            real = key_mask(lengths, *inputs.shape[:2], inputs.device)  # (B, L)
-            inputs = inputs.masked_fill(~real.view(*real.shape, *[1] * (inputs.ndim - 2)), 0)
+        inputs = clear_padding(inputs, lengths)
         if self.vocab:
             inputs = inputs.long()
             if inputs.device.type == "cpu" and inputs.numel() and not 0 <= inputs.min() <= inputs.max() < self.vocab:

@@ -81,7 +81,7 @@ class Recipe:
         if self.model == "plain": self.max_rate, self.window = 0., 1
 
 # %% ../nbs/10_train.ipynb #9f18afdf
-LAS_OPTIONS = {"max_rate", "window", "pool", "spacing", "method", "tol", "score_bound", "chunk"}  # fields that only LaS has
+LAS_OPTIONS = set(inspect.signature(every_mixer()["las"]).parameters) - {"dim", "n_heads", "causal"}  # fields that only LaS has
 
 def mixer_arguments(recipe) -> dict:  # name -> value
     "What the recipe says to its mixer alone; raises `ValueError` for what cannot be read or is no option."
@@ -439,7 +439,7 @@ def learn(self: Trainer, batch: Batch):
     whole = min(r.batch_size, n - self.step * r.batch_size)  # sequences in the batch, over all processes
     weight = min(1, len(batch.labels))
     if not weight: batch = self.data["train"].rows(slice(1))  # fewer rows than processes: join in with weight zero
-    for group in self.optimizer.param_groups: group["lr"] = min(self.rate(self.done), group.get("most", math.inf))
+    for group in self.optimizer.param_groups: group["lr"] = self.rate(self.done) * min(1, group.get("most", math.inf) / r.lr)
     torch.manual_seed((r.seed * 1_000_003 + self.done) * self.world + self.rank)  # for dropout
     logits = self.net(batch.inputs, batch.lengths)  # (b, n_classes)
     loss = share_loss(logits, batch.labels, whole, self.world) * weight

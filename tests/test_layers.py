@@ -178,12 +178,18 @@ def test_performer_with_large_keys_stays_finite():
 
 def test_s4d_discretises_as_scipy_does():
     layer = make("s4d", dim=3)
-    step, _ = layer.system()
+    step = layer.system()[0].exp()
     a, dt = torch.complex(-layer.log_decay.exp(), layer.frequency)[0], layer.log_dt.exp()[0].item()
     A, B, *_ = scipy.signal.cont2discrete((torch.diag(a).detach().numpy(), torch.ones(4, 1).numpy(), torch.ones(1, 4).numpy(), 0), dt, "zoh")
     torch.testing.assert_close(step[0].detach(), torch.tensor(A).diagonal(), atol=1e-6, rtol=1e-6)
     c, plain = layer.system()[1][0, 0], torch.view_as_complex(layer.c)[0, 0]
     torch.testing.assert_close((c / plain).detach(), torch.tensor(B)[:, 0], atol=1e-6, rtol=1e-6)
+
+
+def test_s4d_with_fast_decay_has_a_finite_kernel():
+    layer = make("s4d", dtype=torch.float32)
+    with torch.no_grad(): layer.log_decay.fill_(9.)
+    assert layer.kernel(40).isfinite().all()
 
 
 def test_kernels_start_as_in_the_kernels_chapter():
@@ -237,6 +243,8 @@ def test_dynamics_have_a_slow_group_of_their_own():
     groups = parameter_groups(model("s4d"), .1)
     assert len(groups) == 3 and groups[2]["weight_decay"] == 0 and groups[2]["most"] == 1e-3
     assert sum(p.numel() for p in groups[2]["params"]) == 2 * (16 * (1 + 4 + 4))
+    assert {n for n, p in model("hyena").named_parameters() if getattr(p, "slow", False)} == {n for n, _ in model("hyena").named_parameters() if ".filter." in n}
+    assert [n for n, p in model("sgconv").named_parameters() if getattr(p, "slow", False)] == ["blocks.0.mixer.pieces", "blocks.1.mixer.pieces"]
     assert len(parameter_groups(model("las"), .1)) == 2
 
 

@@ -586,3 +586,13 @@ def test_experiments_explain(args, says, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e: lib.experiments_main(**args)
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lr", [4e-3, 5e-4])
+def test_slow_parameters_follow_the_schedule_below_their_own_highest_rate(lr, tmp_path):
+    t = Trainer(preset("digits", model="s4d", dim=16, depth=1, limit=64, epochs=2, lr=lr, mixer_options="n_state=4"), tmp_path, cpu=True, progress=False)
+    seen = []
+    for batch in lib.batches(t.data["train"], 32, torch.arange(64)):
+        t.learn(batch); seen.append([g["lr"] for g in t.optimizer.param_groups])
+    for step, (a, b, slow) in enumerate(seen): assert a == b == t.rate(step) and slow == pytest.approx(a * min(1, 1e-3 / lr))
+    t.lock.release()
