@@ -98,7 +98,7 @@ def equalised(
 def one_batch(args, root, device):
     "The first batch of a cell's data, cut to a thousand sequences."
     recipe = preset(**args)
-    data = load_task(recipe.task, root, device, recipe.limit or 1000, recipe.sample)["train"]
+    data = load_task(recipe.task, root, device, recipe.limit or 1000, recipe.sample, length=recipe.length)["train"]
     return next(iter(batches(data, recipe.batch_size, reading_order(data, recipe.batch_size, recipe.seed, 0))))
 
 def step_on(args, batch):
@@ -268,11 +268,12 @@ def compare_main(
     root: str = None,  # folder of data files; by default LAS_NB_DATA, else the user's cache
     cpu: bool = False,  # leave the GPU alone
     compile: bool = False,  # torch.compile the models
+    weights: bool = False,  # keep small weights of seed 0 beside the results
 ):
     "Train every layer of a grid on every task of it, and compare accuracy and cost."
     guarded(lambda: check_choice("action", action, ("run", "list", "show")), "")
     cells, reference = guarded(lambda: (read_grid(grid), parse_toml(grid)["reference"]), "")
-    if action != "show": work_off(cells, action, minutes, only, out, results, root, cpu, compile, weights=False)
+    if action != "show": work_off(cells, action, minutes, only, out, results, root, cpu, compile, weights)
     if action == "list": return
     def show():
         records, folder = load_cells(cells, results), Path(results) / Path(grid).stem

@@ -133,12 +133,13 @@ def small_digits(root: Path | None = None) -> dict:  # needs no files
 # %% ../nbs/09_data.ipynb #ca6a9d2d
 class Task(NamedTuple):
     "What a model must know of a task, and how its data are loaded."
-    load: Callable  # (root, limit=, sample=, seed=) -> dict of splits; what can be generated and is missing is generated
+    load: Callable  # (root, limit=, sample=, seed=, and length= where one may choose) -> dict of splits; what can be generated and is missing is generated
     n_classes: int
     in_features: int | None = None  # values per position, or None
     vocab: int | None = None  # number of tokens, or None
     pairs: bool = False  # two sequences per label?
     max_len: int = 1024  # longest sequence
+    any_length: bool = False  # may one choose how long sequences are? Then max_len is what they are otherwise
     make: Callable | None = None  # (root, size=, seed=, jobs=, sample=): write the data's files; None where there is nothing to make
     readers: dict = {}  # name -> (split -> one whole number per sequence): what a trivial reader looks at
     presets: dict = {}  # name -> settings of the next chapter's Recipe
@@ -150,7 +151,7 @@ TASKS = {"digits": Task(lambda root, **_: small_digits(), 10, in_features=1, max
 # %% ../nbs/09_data.ipynb #c5965ac9
 def every_task() -> dict[str, Task]:
     "`TASKS`, with those of later chapters."
-    importlib.import_module("las_nb.lra")
+    for chapter in ("lra", "probes"): importlib.import_module(f"las_nb.{chapter}")
     return TASKS
 
 # %% ../nbs/09_data.ipynb #1b18a41e
@@ -161,13 +162,15 @@ def load_task(
     limit: int | None = None,  # take this many training and test sequences at most, and a ninth as many for validation
     sample: bool = False,  # the small set that `las_data --sample` makes, in place of the real one
     seed: int = 0,  # of data that are generated
+    length: int | None = None,  # steps per sequence, in tasks that let one choose
 ) -> dict:  # "train", "valid", "test": Batch or Sequences
     """The three splits of a task, on the device that trains.
 
     Raises `ValueError` for an unknown name and `DataError` when files are missing or damaged."""
     check_choice("task", name, tuple(every_task()))
     if sample and TASKS[name].make is None: raise ValueError(f"there is no sample of {name}: its data are small already")
-    splits = TASKS[name].load(data_root(root), limit=limit, sample=sample, seed=seed)
+    if length is not None and not TASKS[name].any_length: raise ValueError(f"{name} has sequences of its own length: leave length out")
+    splits = TASKS[name].load(data_root(root), limit=limit, sample=sample, seed=seed, **({} if length is None else dict(length=length)))
     if limit is not None: splits = {part: b.first(max(1, limit // 9) if part == "valid" else limit) for part, b in splits.items()}
     return {part: b.to(device) for part, b in splits.items()}
 

@@ -226,10 +226,7 @@ def plot_maps(
     "The digit, and the attention matrices of one block of every model on it."
     side = math.isqrt(len(x))
     for row, (name, model) in zip(axs, models.items()):
-        h = model.eval().embedded(x[None])  # (1, L, dim)
-        for block in model.blocks[:layer]: h = block(h)
-        block = model.blocks[layer]
-        weights = block.mixer.weights(block.norm1(h) if block.prenorm else h)[0]  # (H, L, L)
+        block, weights = model.blocks[layer], model.eval().attention_maps(x[None])[layer][0]  # (H, L, L)
         row[0].imshow(x.view(side, side).numpy(), cmap="gray_r"); row[0].set(title=name, xticks=[], yticks=[])
         for i, (ax, w) in enumerate(zip(row[1:], weights)):
             ax.imshow(w.sqrt().numpy(), cmap="cividis", vmin=0, vmax=w.sqrt().quantile(.995).item()); ax.set(xticks=[], yticks=[], title=f"head {i}, rate {block.mixer.rates[i]:.3g}", xlabel="key")

@@ -170,7 +170,7 @@ def register_mixer(
 
 def every_mixer() -> dict:  # name -> what makes it
     "`MIXERS`, with those of later chapters."
-    importlib.import_module("las_nb.layers")
+    for chapter in ("layers", "ablations"): importlib.import_module(f"las_nb.{chapter}")
     return MIXERS
 
 register_mixer("las", LaSAttention)
@@ -316,6 +316,18 @@ class LaSTransformer(nn.Module):
         x = self.embedded(inputs, lengths)
         for block in self.blocks: x = block(x, lengths)
         return x if self.norm is None else self.norm(x, lengths)
+
+    def attention_maps(
+        self,
+        inputs: torch.Tensor,  # tokens `(B, L)` or values `(B, L, in_features)`
+        lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
+    ) -> list[torch.Tensor]:  # `(B, H, L, L)` for every block
+        "What every block attends to, for looking at; only for mixers that have `weights`, as LaS has."
+        x, maps = self.embedded(inputs, lengths), []
+        for block in self.blocks:
+            maps.append(block.mixer.weights(block.norm1(x, lengths) if block.prenorm else x, lengths))
+            x = block(x, lengths)
+        return maps
 
     def forward(
         self,

@@ -6,9 +6,9 @@
 __all__ = ['LAS_OPTIONS', 'PRESETS', 'Recipe', 'mixer_arguments', 'presets', 'preset', 'run_name', 'command_line', 'build',
            'learning_rate', 'plateau_drops', 'parameter_groups', 'share_loss', 'best_precision', 'TrainingError',
            'NotFinite', 'InUse', 'CannotWrite', 'checkpoints', 'sync', 'save_checkpoint', 'load_checkpoint',
-           'read_facts', 'verified', 'Stopped', 'Trainer', 'listening', 'draw_curves', 'train', 'stored_recipe',
-           'load_run', 'score', 'Parser', 'options_of', 'read_option', 'tidy', 'needs', 'train_main', 'summary',
-           'guarded', 'trouble', 'eval_main', 'experiments', 'status', 'work_off', 'experiments_main']
+           'read_facts', 'verified', 'Stopped', 'Trainer', 'listening', 'attention_entropy', 'draw_curves', 'train',
+           'stored_recipe', 'load_run', 'score', 'Parser', 'options_of', 'read_option', 'tidy', 'needs', 'train_main',
+           'summary', 'guarded', 'trouble', 'eval_main', 'experiments', 'status', 'work_off', 'experiments_main']
 
 # %% ../nbs/10_train.ipynb #1d1df0f6
 import argparse, ast, dataclasses, fnmatch, gc, hashlib, importlib, importlib.util, inspect, io, json, math, os, re, shutil, signal, sys, threading, time, typing, warnings
@@ -18,6 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.docments import docments
 from fastcore.script import call_parse
+from .attention import entropy
 from .data import Batch, DataError, Sequences, batches, every_task, load_task, reading_order, trivial
 from .digits import commit_id, refuse
 from .las import check_choice, nearest
@@ -29,7 +30,7 @@ class Recipe:
     """Everything that decides how a run ends.
 
     Raises `ValueError` for a wrong type or value."""
-    task: str  # digits, smnist, pmnist, listops, text, retrieval, image, pathfinder or pathx
+    task: str  # digits, smnist, pmnist, listops, text, retrieval, image, pathfinder, pathx, or a probe: motif, needle, recall, apart, copying
     model: str = "las"  # las, plain (which is las with max_rate 0 and window 1), or another mixer: attention, alibi, s4d, ...
     dim: int = 128  # width
     depth: int = 4  # blocks
@@ -61,6 +62,8 @@ class Recipe:
     seed: int = 0  # of weights, order and dropout
     limit: int | None = None  # train and test on this many sequences at most, validate on a ninth
     sample: bool = False  # train on the small set of las_data --sample
+    share: float = 1.  # of the training set that is used; an epoch keeps its steps and reads it several times
+    length: int | None = None  # steps per sequence, in tasks that let one choose
     preset: str = "fast"  # which of the task's presets these settings depart from: fast, paper, short or smoke
 
     def __post_init__(self):
@@ -77,6 +80,8 @@ class Recipe:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
         if self.seed > 10 ** 9: raise ValueError(f"seed must be at most a thousand million; got {self.seed}")
+        if not 0 < self.share <= 1: raise ValueError(f"share must lie above 0 and be at most 1; got {self.share}")
+        if self.length is not None and not every_task()[self.task].any_length: raise ValueError(f"{self.task} has sequences of its own length: leave length out")
         if self.warmup >= 1: raise ValueError(f"warmup is a share of the steps, below 1; got {self.warmup}")
         if self.model == "plain": self.max_rate, self.window = 0., 1
 
@@ -146,7 +151,7 @@ def build(recipe: Recipe) -> LaSTransformer:  # on the CPU
     task, known = every_task()[recipe.task], inspect.signature(LaSTransformer).parameters
     given = {name: value for name, value in dataclasses.asdict(recipe).items() if name in known}
     torch.manual_seed(recipe.seed)
-    return LaSTransformer(task.n_classes, vocab=task.vocab, in_features=task.in_features, pairs=task.pairs, max_len=task.max_len,
+    return LaSTransformer(task.n_classes, vocab=task.vocab, in_features=task.in_features, pairs=task.pairs, max_len=recipe.length or task.max_len,
                           mixer="las" if recipe.model == "plain" else recipe.model, **given, **mixer_arguments(recipe))
 
 # %% ../nbs/10_train.ipynb #f3cf9671
@@ -349,15 +354,15 @@ class Trainer:
     def prepare(self, root):
         "Load the data, wrap the model, and go to where the last checkpoint was written."
         recipe = self.recipe
-        self.data = load_task(recipe.task, root, self.device, recipe.limit, recipe.sample)
+        self.data = load_task(recipe.task, root, self.device, recipe.limit, recipe.sample, length=recipe.length)
         self.steps = math.ceil(len(self.data["train"].labels) / recipe.batch_size)  # per epoch
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr)
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.compile: torch._dynamo.reset(); self.net = torch.compile(self.net)
         self.epoch, self.step, self.seconds, self.tokens, self.peak = 0, 0, 0., 0, 0
-        self.curve, self.signal, self.asked, self.checked = dict(loss=[], train=[], valid=[]), None, 0, 0
+        self.curve, self.signal, self.asked, self.checked = dict(loss=[], train=[], valid=[], norm=[], worst=[]), None, 0, 0
         self.commits, self.devices, self.precisions = [], [], []  # a run may be cut here and go on elsewhere
-        self.sums = torch.zeros(5, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)  # see learn
+        self.sums = torch.zeros(7, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)  # see learn
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         self.labels = hashlib.sha256(b"".join(self.data[part].labels.cpu().numpy().tobytes() for part in ("train", "valid", "test"))).hexdigest()[:16]
         self.accelerator.wait_for_everyone()
@@ -388,13 +393,13 @@ class Trainer:
 @patch
 def save(self: Trainer):
     "Write a checkpoint; the run can go on from it bit for bit."
-    loss, hits, tokens, right = self.look()
+    loss, hits, tokens, right, norm, worst = self.look()
     if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all(): raise NotFinite(f"the weights are not finite after step {self.done}; try a smaller --lr")
     def write():
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, entry in self.optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v for k, v in entry.items()}
         scaler = self.accelerator.scaler
-        facts = dict(recipe=dataclasses.asdict(self.recipe), labels=self.labels, epoch=self.epoch, step=self.step, sums=[loss, hits, 0, tokens, right], checked=self.checked, curve=self.curve,
+        facts = dict(recipe=dataclasses.asdict(self.recipe), labels=self.labels, epoch=self.epoch, step=self.step, sums=[loss, hits, 0, tokens, right, norm, worst], checked=self.checked, curve=self.curve,
                      seconds=self.seconds, tokens=self.tokens, peak=self.memory(), commits=self.commits, devices=self.devices, precisions=self.precisions,
                      scaler=scaler.state_dict() if scaler else None)
         try: save_checkpoint(self.out, tensors, facts)
@@ -449,8 +454,10 @@ def learn(self: Trainer, batch: Batch):
     loss, hits = loss.detach().to(self.sums) * whole / self.world, weight * (logits.argmax(-1) == batch.labels).sum()
     tokens = batch.inputs.shape[1] * len(batch.labels) if batch.lengths is None else batch.lengths.sum()
     finite = loss.isfinite() if self.accelerator.scaler else loss.isfinite() & norm.isfinite()  # a scaler skips infinite gradients
+    norm, mean = norm.detach().to(self.sums), loss / whole * self.world  # mean: loss of this process's share
     bad = torch.where((self.sums[2] == 0) & ~finite, float(self.done + 1), self.sums[2])  # counted from 1; 0: none
-    self.sums = torch.stack([self.sums[0] + loss, self.sums[1] + hits, bad, self.sums[3] + weight * tokens, self.sums[4]])
+    self.sums = torch.stack([self.sums[0] + loss, self.sums[1] + hits, bad, self.sums[3] + weight * tokens, self.sums[4],
+                             self.sums[5].maximum(norm.nan_to_num(0, 0)), self.sums[6].maximum(mean.nan_to_num(0, 0))])
     self.step += 1
 
 # %% ../nbs/10_train.ipynb #a71bc87b
@@ -461,16 +468,16 @@ def rate(self: Trainer, step):
 
 # %% ../nbs/10_train.ipynb #f608d4db
 @patch
-def look(self: Trainer) -> tuple:  # loss summed over the epoch so far, hits, tokens, hits of an evaluation under way; over all processes
+def look(self: Trainer) -> tuple:  # of the epoch so far: loss (summed), hits, tokens, hits of an evaluation under way, largest gradient, largest loss of a batch; over all processes
     "Read the sums; raise `NotFinite` when a loss or a gradient was not finite."
-    loss, hits, bad, tokens, right = zip(*self.accelerator.gather(self.sums[None]).tolist())  # (processes, 5)
+    loss, hits, bad, tokens, right, norm, worst = zip(*self.accelerator.gather(self.sums[None]).tolist())  # (processes, 7)
     if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 2 ** -10: bad = bad or (self.done,)
     if any(bad):
         first, r = int(min(b for b in bad if b)), self.recipe
         kept = f"the last checkpoint in {self.out} is from before it" if checkpoints(self.out) else "there is no checkpoint yet"
         raise NotFinite(f"the loss or its gradient is not finite at step {first} (epoch {(first - 1) // self.steps + 1}, learning rate {self.rate(first - 1):.2g}); "
                             f"try --lr {r.lr / 3:.1g}, a longer --warmup or a smaller --clip; {kept}")
-    return sum(loss), sum(hits), sum(tokens), sum(right)
+    return sum(loss), sum(hits), sum(tokens), sum(right), max(norm), max(worst)
 
 # %% ../nbs/10_train.ipynb #ce908b09
 @patch
@@ -494,6 +501,7 @@ def pause(self: Trainer):
 def train_epoch(self: Trainer, bar) -> tuple:  # as look
     "The steps of this epoch that are still to do."
     order = reading_order(self.data["train"], self.recipe.batch_size, self.recipe.seed, self.epoch)
+    order = order % max(1, round(self.recipe.share * len(order)))
     self.net.train()
     start = looked = time.perf_counter()
     for batch in batches(self.data["train"], self.recipe.batch_size, order, self.step, slice(self.rank, None, self.world)):
@@ -501,7 +509,7 @@ def train_epoch(self: Trainer, bar) -> tuple:  # as look
         if self.world > 1: due = self.step % 10 == 0  # all processes must look together
         else: due = self.device.type == "cpu" or time.perf_counter() - looked > .5
         if due:
-            loss, hits, tokens, _ = self.look(); looked = time.perf_counter()
+            loss, hits, tokens, *_ = self.look(); looked = time.perf_counter()
             seen, speed = min(self.step * self.recipe.batch_size, len(order)), (self.tokens + tokens) / (self.seconds + looked - start)
             bar.set_postfix_str(f"epoch {self.epoch + 1}, loss {loss / seen:.3f}, accuracy {100 * hits / seen:.1f} %, {speed:,.0f} tokens/s", refresh=False)
             if self.device.type != "cpu" or self.step % 10 == 0: self.log({"loss (nats)": loss / seen, "train accuracy (%)": 100 * hits / seen, "learning rate": self.rate(self.done - 1), "tokens/s": speed})
@@ -543,9 +551,9 @@ def run(self: Trainer) -> dict:  # the record: what results.json holds
     try:
         with listening(self), bar:
             while self.epoch < r.epochs:
-                loss, hits, tokens, _ = self.train_epoch(bar)
+                loss, hits, tokens, _, norm, worst = self.train_epoch(bar)
                 valid = self.evaluate("valid")
-                for key, value in dict(loss=loss / n, train=100 * hits / n, valid=valid).items(): self.curve[key].append(value)
+                for key, value in dict(loss=loss / n, train=100 * hits / n, valid=valid, norm=norm, worst=worst).items(): self.curve[key].append(value)
                 self.log({"valid accuracy (%)": valid})
                 self.tokens += tokens; self.sums = torch.zeros_like(self.sums); self.epoch += 1; self.step = 0
             self.save()  # the test may be cut as well
@@ -575,16 +583,37 @@ class listening:
     def __exit__(self, *_):
         for number, handler in self.old.items(): signal.signal(number, handler)
 
+# %% ../nbs/10_train.ipynb #f5b6d981
+@torch.no_grad()
+def attention_entropy(
+    model: LaSTransformer,
+    split: Batch | Sequences,  # the first eight sequences are looked at
+    longest: int = 1024,  # steps; above, matrices are not written down
+) -> list | None:  # `[block][head]`, from 0 to 1; None for other layers, pairs and long sequences
+    "Entropy of attention rows, as a share of the largest that is possible, mean over queries."
+    batch = split.first(8).rows(slice(None))
+    if model.pairs or batch.inputs.shape[1] > longest or not all(hasattr(b.mixer, "weights") for b in model.blocks): return None
+    B, L = batch.inputs.shape[:2]
+    n = torch.full((B,), L) if batch.lengths is None else batch.lengths.cpu()
+    i = torch.arange(L)
+    keys = (i + 1).expand(B, L) if model.config["causal"] else n[:, None].expand(B, L)  # (B, L): how many a query may see
+    real = (i < n[:, None]) & (keys > 1)
+    training = model.training; model.eval()
+    rows = [(entropy(w).transpose(1, 2).cpu()[real] / keys[real].log()[:, None]).mean(0).tolist() for w in model.attention_maps(batch.inputs, batch.lengths)]  # (real queries, H) -> (H,)
+    model.train(training)
+    return rows
+
 # %% ../nbs/10_train.ipynb #477eac0b
 @patch
 def record(self: Trainer, test: float) -> dict:
-    "What is worth keeping of a finished run: accuracies in percent, losses in nats, memory in bytes."
+    "What is worth keeping of a finished run: accuracies in percent, losses in nats, memory in bytes; by epoch also the largest norm of a gradient before it was clipped, and the largest loss of a batch."
     r = self.recipe
     return dict(name=self.name, command=command_line(r), commit=", ".join(self.commits), task=r.task, model=r.model, positions=r.positions, seed=r.seed,
                 device=", ".join(self.devices), torch=torch.__version__, params=count_parameters(self.model),
                 epochs=r.epochs, curve=self.curve, valid=self.curve["valid"][-1], test=test, seconds_per_epoch=self.seconds / r.epochs,
                 tokens_per_s=self.tokens / self.seconds, peak_memory=self.memory(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                precision=", ".join(self.precisions), compile=self.compile, limit=r.limit, preset=r.preset, sample=r.sample,
+                precision=", ".join(self.precisions), compile=self.compile, limit=r.limit, preset=r.preset, sample=r.sample, share=r.share, length=r.length,
+                entropy=attention_entropy(self.model, self.data["valid"]),
                 data=getattr(self.data["test"], "source", ""), trivial=self.trivial_scores())
 
 # %% ../nbs/10_train.ipynb #6d6ed987
@@ -685,7 +714,7 @@ def score(
     check_choice("split", split, ("train", "valid", "test"))
     model, recipe = load_run(path)
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
-    data, model, size = load_task(recipe.task, root, device, recipe.limit, recipe.sample)[split], model.to(device), recipe.batch_size
+    data, model, size = load_task(recipe.task, root, device, recipe.limit, recipe.sample, length=recipe.length)[split], model.to(device), recipe.batch_size
     right = sum((model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item() for b in batches(data, size, reading_order(data, size)))
     return 100 * right / len(data.labels), len(data.labels)
 
@@ -757,7 +786,9 @@ def guarded(call, advice):
     if int(os.environ.get("RANK", 0)): sys.stderr = open(os.devnull, "w")
     try:
         result = call()
-        if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(); sys.stdout.flush(); sys.stderr.flush()
+            os._exit(0)  # one of several processes, with all done: torch's threads, torn down the long way, sometimes abort it
         return result
     except Stopped as e:
         print(f"{Path(sys.argv[0]).name}: {e}, state saved; {advice}", file=sys.stderr); raise SystemExit(128 + e.number if e.number else 0)
@@ -887,6 +918,6 @@ def experiments_main(
     compile: bool = False,  # torch.compile the models
 ):
     "List the experiments of the book, or make the next ones."
-    grid, todo = Path(results).parent / "grids" / "full.toml", experiments()
-    if grid.exists(): todo |= guarded(lambda: importlib.import_module("las_nb.compare").read_grid(grid), "")
+    todo = experiments()
+    for grid in sorted((Path(results).parent / "grids").glob("full*.toml")): todo |= guarded(lambda: importlib.import_module("las_nb.compare").read_grid(grid), "")
     work_off(todo, action, minutes, only, out, results, root, cpu, compile)
