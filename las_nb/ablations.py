@@ -37,16 +37,15 @@ class LaSVariant(LaSAttention):
         max_rate: float = .3,  # decay rate of the fastest head, per step
         window: int = 3,  # pooling window W
         pool: str = "scores",  # average "scores" or "weights"
-        spacing: str = "geometric",  # "geometric", "uniform", or "equal": one rate for all heads
+        spacing: str = "geometric",  # of rates over heads: "geometric", "uniform" or "equal"
         learn: str = "nothing",  # "nothing", "rates", "filter" (of the keys, one per head), or "both"
         reach: int | None = None,  # keys that a query sees, the own one included; None = all
         rotary: bool = False,  # turn queries and keys by their position?
     ):
-        check_choice("spacing", spacing, ("geometric", "uniform", "equal")); check_choice("learn", learn, ("nothing", "rates", "filter", "both"))
+        check_choice("learn", learn, ("nothing", "rates", "filter", "both"))
         if reach is not None and (not isinstance(reach, int) or reach < 1): raise ValueError(f"reach must be a whole number >= 1; got {reach!r}")
         if learn in ("filter", "both") and pool != "scores": raise ValueError("a learned filter of keys stands where scores are pooled; use pool='scores'")
-        super().__init__(dim, n_heads, max_rate, window, pool, True, "geometric" if spacing == "equal" else spacing)
-        if spacing == "equal": self.rates.fill_(max_rate)
+        super().__init__(dim, n_heads, max_rate, window, pool, True, spacing)
         self.reach, self.rotary = reach, rotary
         if learn in ("rates", "both"): self.raw_rates = nn.Parameter(self.rates.clamp_min(1e-4).expm1().log())  # softplus gives the rate
         if learn in ("filter", "both"): self.taps = nn.Parameter(torch.full((n_heads, window), 1 / window))

@@ -22,9 +22,9 @@ def distance_matrix(
 def decay_rates(
     n_heads: int,  # H
     max_rate: float,  # rate of the fastest head, per step; 0 = no decay anywhere
-    spacing: str = "geometric",  # "geometric" or "uniform"
-) -> torch.Tensor:  # `(H,)`, rising from 0
-    """The decay rate `alpha` of every head; a single head gets rate 0.
+    spacing: str = "geometric",  # "geometric" or "uniform" up to `max_rate`, or "equal": `max_rate` for all heads
+) -> torch.Tensor:  # `(H,)`, rising from 0 unless equal
+    """The decay rate `alpha` of every head; a single head gets rate 0, unless spacing is "equal".
 
     Raises `ValueError` for a negative or infinite `max_rate`, no heads, or an unknown spacing.
     Source: Zimerman and Wolf (2023), arXiv 2311.16620, "exponential-uniformly in [0, B]"."""
@@ -32,7 +32,8 @@ def decay_rates(
     if not 0 <= max_rate < math.inf: raise ValueError(f"max_rate must be >= 0 and finite; got {max_rate!r}")
     if spacing == "geometric": rates = max_rate * 2. ** torch.arange(1 - n_heads, 1, dtype=torch.float64)  # ..., max_rate / 2, max_rate
     elif spacing == "uniform": rates = -torch.log1p(-torch.linspace(0, -math.expm1(-max_rate), n_heads, dtype=torch.float64))
-    else: raise ValueError(f"spacing must be 'geometric' or 'uniform'; got {spacing!r}")
+    elif spacing == "equal": return torch.full((n_heads,), float(max_rate))
+    else: raise ValueError(f"spacing must be 'geometric', 'uniform' or 'equal'; got {spacing!r}")
     rates[-1] = max_rate; rates[0] = 0  # exact at both ends
     return rates.to(torch.get_default_dtype())
 

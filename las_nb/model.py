@@ -110,7 +110,7 @@ class LaSAttention(SelfAttention):
         window: int = 3,  # pooling window W; 1 = no smoothing
         pool: str = "scores",  # average "scores" or "weights"
         causal: bool = True,  # attend to the past only?
-        spacing: str = "geometric",  # how rates spread over heads: "geometric" or "uniform"
+        spacing: str = "geometric",  # how rates spread over heads: "geometric", "uniform" or "equal"
         method: str = "auto",  # how it is computed; see las_attention
         tol: float | None = None,  # error allowed where far keys are approximated; None = by dtype, see las_attention
         score_bound: float | tuple | None = None,  # no score is larger, for all heads or one each; None = measured at every call

@@ -44,7 +44,7 @@ class Recipe:
     window: int = 3  # pooling window
     pool: str = "scores"  # pool scores or weights
     causal: bool = True  # see the past only
-    spacing: str = "geometric"  # decay rates over heads: geometric or uniform
+    spacing: str = "geometric"  # decay rates over heads: geometric, uniform or equal
     method: str = "auto"  # how attention is computed: auto, dense, sdpa, flex or linear
     tol: float | None = None  # error allowed where far keys are approximated; none = by dtype
     score_bound: float | None = None  # no score is larger; none = measured at every call
