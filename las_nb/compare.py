@@ -26,7 +26,7 @@ def read_grid(
 
     Raises `ValueError` for a file that cannot be read or asks for what does not exist."""
     grid = parse_toml(path)
-    for name in grid: check_choice("entry", name, ("imports", "seeds", "reference", "tolerance", "tasks", "mixers"))
+    for name in grid: check_choice("entry", name, ("imports", "seeds", "reference", "tolerance", "cost", "tasks", "mixers"))
     for name in grid.get("imports", []):  # layers from elsewhere register themselves
         try: importlib.import_module(name)
         except ImportError as e: raise ValueError(f"{path} imports {name}: {e}") from None
@@ -50,7 +50,7 @@ def parse_toml(path) -> dict:
     try: grid = dict(mixers={"las": {}}) | tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise ValueError(f"cannot read the grid {path}: {e.strerror}") from None
     except ValueError as e: raise ValueError(f"{path} is no TOML: {e}") from None
-    for name, kind, words in ("imports", list, "a list"), ("seeds", list, "a list of whole numbers"), ("tasks", dict, "tables"), ("mixers", dict, "tables"):
+    for name, kind, words in ("imports", list, "a list"), ("seeds", list, "a list of whole numbers"), ("cost", bool, "true or false"), ("tasks", dict, "tables"), ("mixers", dict, "tables"):
         entries = grid.get(name, kind())
         if not isinstance(entries, kind) or kind is dict and not all(isinstance(t, dict) for t in entries.values()): raise ValueError(f"{path}: {name} must be {words}; got {entries!r}")
     if not grid["mixers"]: raise ValueError(f"{path} has an empty table of mixers")
@@ -272,12 +272,13 @@ def compare_main(
 ):
     "Train every layer of a grid on every task of it, and compare accuracy and cost."
     guarded(lambda: check_choice("action", action, ("run", "list", "show")), "")
-    cells, reference = guarded(lambda: (read_grid(grid), parse_toml(grid)["reference"]), "")
+    cells, table = guarded(lambda: (read_grid(grid), parse_toml(grid)), "")
+    reference = table["reference"]
     if action != "show": work_off(cells, action, minutes, only, out, results, root, cpu, compile, weights)
     if action == "list": return
     def show():
         records, folder = load_cells(cells, results), Path(results) / Path(grid).stem
-        if action == "run" and len(records) == len(cells) and not (folder / "cost.json").exists():
+        if action == "run" and table.get("cost", True) and len(records) == len(cells) and not (folder / "cost.json").exists():
             print("all cells are finished; measuring what a step costs", flush=True)
             facts = dict(command=f"las_compare {grid}", commit=commit_id(), device=torch.cuda.get_device_name() if torch.cuda.is_available() and not cpu else "cpu",
                          cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, finished=time.strftime("%Y-%m-%d"))
@@ -286,14 +287,15 @@ def compare_main(
         for task in dict.fromkeys(parts(name)[0] for name in records):
             rows = summarise(records, task, reference)
             print(f"\n{task}\n\n{compare_table(rows, cost.get(task, {}), reference)}")
-            if cost: replace_file(folder / f"{task}.png", draw(rows, cost[task], reference, records)); print(f"\nfigure {folder / task}.png")
+            if cost or not table.get("cost", True): replace_file(folder / f"{task}.png", draw(rows, cost.get(task), reference)); print(f"\nfigure {folder / task}.png")
     guarded(show, "go on with the same command")
 
-def draw(rows, cost, reference, records) -> bytes:  # a PNG
-    "Trade-off and differences, side by side."
+def draw(rows, cost, reference) -> bytes:  # a PNG
+    "Trade-off, where costs are known, and differences, side by side."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(14, 6), layout="constrained", facecolor="white")
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
-    plot_tradeoff(rows, cost, left, reference); plot_differences(rows, right, reference)
+    fig = Figure(figsize=(14 if cost else 7, max(6, len(rows) / 5)), layout="constrained", facecolor="white")
+    *left, right = fig.subplots(1, 2, width_ratios=(3, 2)) if cost else [fig.subplots()]
+    if cost: plot_tradeoff(rows, cost, *left, reference)
+    plot_differences(rows, right, reference)
     image = io.BytesIO(); fig.savefig(image, format="png", dpi=110)
     return image.getvalue()
