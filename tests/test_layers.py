@@ -8,8 +8,8 @@ from las_nb.kernels import ema_kernel, hyena_kernel, s4d_kernel
 from las_nb.model import LaSTransformer, every_mixer, mixer_options, register_mixer
 from las_nb.train import parameter_groups
 
-NAMES = ["las", "las-chunk", "attention", "alibi", "local", "linear", "performer", "linformer", "s4d", "sgconv", "hyena", "mega"]
-WAYS = [(n, c) for n in NAMES for c in (True, False) if (n, c) not in (("linformer", True), ("hyena", False))]
+NAMES = ["las", "las-chunk", "attention", "alibi", "local", "linear", "performer", "linformer", "s4d", "sgconv", "hyena", "mega", "las-variant"]
+WAYS = [(n, c) for n in NAMES for c in (True, False) if (n, c) not in (("linformer", True), ("hyena", False), ("las-variant", False))]
 SMALL = {"las-chunk": dict(chunk=7), "local": dict(reach=5), "linformer": dict(rank=6), "s4d": dict(n_state=8), "sgconv": dict(width=4), "hyena": dict(width=8), "mega": dict(n_state=4)}
 every = pytest.mark.parametrize("name, causal", WAYS, ids=lambda v: v if isinstance(v, str) else "causal" if v else "both")
 
