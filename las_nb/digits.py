@@ -78,7 +78,7 @@ def fit(
 
 # %% ../nbs/08_digits.ipynb #ae4afa8c
 MODELS = {"plain": dict(max_rate=0., window=1), "plain + positions": dict(max_rate=0., window=1, positions="sinusoidal"),
-          "LaS": dict(), "LaS + positions": dict(positions="sinusoidal")}
+          "LaS": dict(max_rate=.3), "LaS + positions": dict(max_rate=.3, positions="sinusoidal")}
 
 def make_model(
     name: str,  # a key of `MODELS`

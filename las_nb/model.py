@@ -106,7 +106,7 @@ class LaSAttention(SelfAttention):
         self,
         dim: int,  # width of the model; a multiple of `n_heads`
         n_heads: int = 8,  # H; the first head has rate 0
-        max_rate: float = 0.3,  # decay rate of the fastest head, per step (half-life 2.3); 0 = no locality
+        max_rate: float = 0.1,  # decay rate of the fastest head, per step (half-life 6.9); 0 = no locality
         window: int = 3,  # pooling window W; 1 = no smoothing
         pool: str = "scores",  # average "scores" or "weights"
         causal: bool = True,  # attend to the past only?
