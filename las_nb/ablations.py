@@ -40,7 +40,7 @@ class LaSVariant(LaSAttention):
         pool: str = "scores",  # average "scores" or "weights"
         spacing: str = "geometric",  # of rates over heads: "geometric", "uniform" or "equal"
         learn: str = "nothing",  # "nothing", "rates", "filter" (of the keys, one per head), or "both"
-        reach: int | None = None,  # keys that a query sees, the own one included; None = all
+        reach: int | None = None,  # keys that a query weighs, the own one included; None = all. A pooled key holds up to W - 1 older ones
         rotary: bool = False,  # turn queries and keys by their position?
     ):
         check_choice("learn", learn, ("nothing", "rates", "filter", "both"))

@@ -9,10 +9,11 @@ __all__ = ['PROBES', 'SMALL', 'TASKS', 'motif', 'needle', 'recall', 'copying', '
 import torch
 from torch import randint
 from .data import TASKS, Batch, Task
+from .las import check_choice
 
 # %% ../nbs/18_probes.ipynb #192e67a1
 def motif(n, L, generator):
-    "Which order of three neighbours is most frequent? Short-range, at any length."
+    "Which order of three neighbours is most frequent? `(n, L)` tokens, `(n,)` labels, `(n, L)` mask of what decides."
     orders = torch.tensor([[8, 9, 10], [8, 10, 9], [9, 8, 10], [9, 10, 8], [10, 8, 9], [10, 9, 8]])
     slots, y = L // 16, randint(6, (n,), generator=generator)
     own = torch.rand(n, slots, generator=generator).argsort(1) < (slots + 1) // 2  # (n, slots): is the label's order shown here?
@@ -23,7 +24,7 @@ def motif(n, L, generator):
 
 # %% ../nbs/18_probes.ipynb #43e205eb
 def needle(n, L, generator):
-    "Which token follows the mark, wherever it is?"
+    "Which token follows the mark, wherever it is? Tokens, labels and mask as from `motif`."
     y, at = randint(8, (n,), generator=generator), randint(L - 2, (n, 1), generator=generator)
     x = randint(8, (n, L), generator=generator).scatter(1, at, 8).scatter(1, at + 1, y[:, None])
     x[:, -1] = 9
@@ -32,7 +33,7 @@ def needle(n, L, generator):
 
 # %% ../nbs/18_probes.ipynb #8f197493
 def recall(n, L, generator, apart=False):
-    "Which value belongs to the key at the end? Values follow their keys at once, or (apart) eight steps behind."
+    "Which value belongs to the key at the end? Values follow their keys at once, or (apart) eight steps behind. As from `motif`."
     keys, values = torch.rand(n, 16, generator=generator).argsort(1)[:, :8], randint(8, (n, 8), generator=generator)
     if apart: at, behind = randint(L - 16, (n, 1), generator=generator) + torch.arange(8), 8  # (n, 8)
     else: at, behind = 2 * torch.rand(n, (L - 1) // 2, generator=generator).argsort(1)[:, :8], 1
@@ -44,7 +45,7 @@ def recall(n, L, generator, apart=False):
 
 # %% ../nbs/18_probes.ipynb #aaa0ec16
 def copying(n, L, generator):
-    "Which symbol stood at the place that the last token names?"
+    "Which symbol stood at the place that the last token names? As from `motif`."
     symbols, place = randint(8, (n, 8), generator=generator), randint(8, (n, 1), generator=generator)
     x, i = torch.full((n, L), 8), torch.arange(L)
     x[:, :8], x[:, -1:] = symbols, 9 + place
@@ -62,9 +63,10 @@ def probe(
     length: int = 64,  # steps per sequence
     limit: int | None = None,  # no more training or test sequences than this
     seed: int = 0,
-    **_,
-) -> dict:  # "train" 4,000, "valid" 400 and "test" 1,000 sequences; other seeds and lengths have nothing in common with them
-    "The splits of a probe; raises `ValueError` for sequences that are too short."
+    **_,  # what other tasks take: sample
+) -> dict:  # "train" 4,000, "valid" 400 and "test" 1,000 sequences, drawn apart
+    "The splits of a probe; raises `ValueError` for an unknown name or sequences that are too short."
+    check_choice("probe", name, tuple(PROBES))
     if length < 32: raise ValueError(f"probes need sequences of 32 steps at least; got length {length}")
     def part(k, n):
         x, y, _ = PROBES[name](min(n, limit or n), length, torch.Generator().manual_seed(3 * seed + k))
@@ -75,6 +77,7 @@ def probe(
 SMALL = dict(dim=32, depth=2, norm="layer", epochs=10, batch_size=32, lr=4e-3)
 
 def probe_task(name, n_classes, vocab, **preset):
+    "A probe as a task, with a small recipe."
     return Task(lambda root, **options: probe(name, **options), n_classes, vocab=vocab, max_len=64, any_length=True, presets=dict(fast=SMALL | preset))
 
 TASKS |= dict(motif=probe_task("motif", 6, 11), needle=probe_task("needle", 8, 10, readout="last"), recall=probe_task("recall", 8, 25, readout="last"),

@@ -33,23 +33,24 @@ def score_at(
 @call_parse
 def lengths_main(
     folder: str,  # with runs of tasks whose length may be chosen, such as runs/experiments/memory
-    lengths: str = "64,128,256,512,1024,4096,16384,65536",  # steps, separated by commas
+    lengths: str = "64,128,256,512,1024,2048,4096,8192",  # steps, separated by commas
     only: str = "*-0",  # pattern of the runs' names
-    tokens: int = 500_000,  # that are read for each length: longer sequences, fewer of them (10 to 500)
+    tokens: int = 200_000,  # that are read for each length: longer sequences, fewer of them (10 to 500)
     name: str = "lengths",  # of the results file
     results: str = "nbs/results",  # its folder
     cpu: bool = False,  # leave the GPU alone
 ):
-    "Test trained models on sequences longer than those they were trained on; what has been measured stays."
+    "Test trained models on sequences longer than those they were trained on; what has been measured stays, until its file is deleted."
     def call():
         try: wanted = [int(s) for s in lengths.split(",")]
         except ValueError: raise ValueError(f"--lengths takes whole numbers separated by commas; got {lengths!r}") from None
+        if tokens < 1: raise ValueError(f"--tokens must be at least 1; got {tokens}")
         runs = sorted(p.parent for p in Path(folder).glob(f"{only}/config.json"))
         if not runs: raise ValueError(f"there is no finished run called {only!r} in {folder}")
         path, device = Path(results) / f"{name}.json", "cuda" if torch.cuda.is_available() and not cpu else "cpu"
         record = json.loads(path.read_text()) if path.exists() else dict(runs={})
-        record |= dict(command=f"las_lengths {folder} --lengths {lengths} --only '{only}' --tokens {tokens} --name {name}", commit=commit_id(), torch=torch.__version__,
-                       device=torch.cuda.get_device_name() if device == "cuda" else device, finished=time.strftime("%Y-%m-%d"))
+        how = dict(command=f"las_lengths {folder} --lengths {lengths} --only '{only}' --tokens {tokens} --name {name}", commit=commit_id(), torch=torch.__version__,
+                   device=torch.cuda.get_device_name() if device == "cuda" else device, date=time.strftime("%Y-%m-%d"))
         for run in runs:
             model, recipe = load_run(run)
             task = every_task()[recipe.task]
@@ -59,7 +60,7 @@ def lengths_main(
                 if str(L) in mine["found"]: continue
                 start = time.perf_counter()
                 right, n = score_at(model.to(device), recipe.task, L, max(10, min(500, tokens // L)))
-                mine["found"][str(L)] = dict(right=right, n=n, seconds=time.perf_counter() - start)
+                mine["found"][str(L)] = dict(right=right, n=n, seconds=time.perf_counter() - start, **how)
                 replace_file(path, json.dumps(record, indent=1).encode())
                 print(f"{run.name} at {L:,} steps: {100 * right / n:.1f} % of {n}", flush=True)
     guarded(call, "what was measured is kept: go on with the same command")
