@@ -44,7 +44,7 @@ def test_equal_rates_are_equal_and_none_is_plain():
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_a_filter_starts_as_las(window):
     a, b = twins(LaSAttention(16, 4, window=window), LaSVariant(16, 4, window=window, learn="filter"))
-    torch.testing.assert_close(a(noise(2, 30, 16)), b(noise(2, 30, 16)), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(a(noise(2, 30, 16)), b(noise(2, 30, 16)), atol=1e-7, rtol=1e-5)  # the taps begin as float32
 
 
 def test_filter_by_loops():
