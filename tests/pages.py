@@ -32,6 +32,34 @@ def colab(path):
     return f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}/{path.relative_to(ROOT).as_posix()}"
 
 
+def install():
+    "What the hidden first cell runs in Colab, and nowhere else: this version from PyPI, else the repository; and the results beside it."
+    s = settings()
+    package, url, tag = f"{s['lib_name']}[train]", git_url(), s["branch"]
+    return (f'! [ -e /content ] && (pip install -Uqq "{package}=={s["version"]}" 2>/dev/null || pip install -Uqq "{package} @ git+{url}@{tag}") '
+            f"&& cd /content && git clone -q --depth 1 -b {tag} {url} book && ln -sfn book/nbs/* .")
+
+
+def git_url(): return f"https://github.com/{settings()['user']}/{settings()['repo']}"
+
+
+def badge(path):
+    "The line under a title: run it, read its source, its module and its reference."
+    name, blob = re.sub(r"^\d+_", "", path.stem), f"{git_url()}/blob/{settings()['branch']}"
+    links = [f"[notebook]({blob}/{path.relative_to(ROOT).as_posix()})"]
+    if (ROOT / "las_nb" / f"{name}.py").exists(): links += [f"[module]({blob}/las_nb/{name}.py)", f"[reference](api/{name}.qmd)"]
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(path)}) " + " · ".join(links)
+
+
+def with_head(path, text):
+    "A notebook whose install cells say what `install` says and whose badge says what `badge` says."
+    nb = json.loads(text)
+    for cell in nb["cells"]:
+        if "[ -e /content ]" in source(cell): cell["source"] = ["#| hide\n", "#| eval: false\n", install()]
+        if source(cell).startswith("[![Open in Colab]"): cell["source"] = (badge(path) + re.sub(r"\A[^\n]*", "", source(cell))).splitlines(keepends=True)
+    return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
 def with_owner(text):
     "Every link to this repository or its site, with the owner of settings.ini."
     s = settings()
@@ -71,8 +99,15 @@ def joined(text):
 def main():
     for path in [*notebooks(), ROOT / "CONTRIBUTING.md"]:
         old = path.read_text(encoding="utf-8")
-        new = with_owner(joined(old) if path.suffix == ".ipynb" else old)
+        new = with_owner(with_head(path, joined(old)) if path.suffix == ".ipynb" else old)
         if new != old: path.write_text(new, encoding="utf-8"); print(f"tidied {path.relative_to(ROOT)}")
+    import reference
+    wanted = {NBS / name: text for name, text in reference.write().items()}
+    for path in (NBS / "api").glob("*.qmd"):
+        if path not in wanted: path.unlink(); print(f"removed {path.relative_to(ROOT)}")
+    for path, text in wanted.items():
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text: path.write_text(text, encoding="utf-8"); print(f"made {path.relative_to(ROOT)}")
     target = ROOT / "README.md"
     if (text := readme()) != target.read_text(encoding="utf-8"): target.write_text(text, encoding="utf-8"); print("made README.md")
 
