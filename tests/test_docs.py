@@ -1,82 +1,17 @@
 """Every page as a reader gets it, without Quarto: processed by nbdev, converted by pandoc, looked at by Chromium."""
-import base64, functools, json, os, re, shutil, struct, subprocess, sys, zlib
-from html.parser import HTMLParser
-from pathlib import Path
+import base64, os, re, shutil, struct, subprocess, zlib
 import pytest, yaml
 import pages
+from built import html_name, parsed
 from pages import NBS, ROOT, notebooks
 
-pypandoc = pytest.importorskip("pypandoc")
 CHAPTERS = [p for p in notebooks() if re.match(r"\d\d_", p.name)]
-PROCESS = """
-import nbdev.doclinks
-from nbdev.quarto import refresh_quarto_yml
-from nbdev.serve import proc_nbs
-refresh_quarto_yml(); nbdev.doclinks._build_modidx(); proc_nbs(n_workers=0, force=True)
-"""
 
 
 def ids(paths): return [p.stem for p in paths]
 
 
-class Page(HTMLParser):
-    "Ids, links, images and headings of one HTML page."
-    def __init__(self, text):
-        super().__init__(); self.ids, self.links, self.images, self.headings = set(), [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        a = dict(attrs)
-        if a.get("id"): self.ids.add(a["id"])
-        if tag == "a" and a.get("href"): self.links.append(a["href"])
-        if tag == "img": self.images.append(a)
-        if re.fullmatch("h[1-6]", tag): self.headings.append(int(tag[1]))
-
-
-def normalise(nb):
-    "What pandoc needs and nbdev leaves out; Markdown that a cell prints becomes a Markdown cell."
-    cells = []
-    for cell in nb["cells"]:
-        cell.setdefault("metadata", {})
-        if cell["cell_type"] != "code":  # pandoc would fetch remote pictures: their alt text stands in
-            cells.append(dict(cell, source=re.sub(r"!\[(.*?)\]\(https?://[^)]*\)", r"\1", "".join(cell["source"])))); continue
-        cell.setdefault("execution_count", None); cell.setdefault("outputs", [])
-        asis = re.search(r"^#\| *output: *asis", "".join(cell["source"]), re.M)
-        if not asis: cells.append(cell)
-        for o in cell["outputs"]:
-            o.pop("has_sd", None)
-            if o["output_type"] == "execute_result" and not isinstance(o.get("execution_count"), int): o["execution_count"] = 1
-            if asis: cells.append(dict(cell_type="markdown", metadata={}, source=o.get("data", {}).get("text/markdown", o.get("text", ""))))
-    return dict(nb, cells=cells, nbformat=4, nbformat_minor=5)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    "Folder with `NAME.html` for every notebook; bad TeX fails the conversion."
-    work = tmp_path_factory.mktemp("docs")
-    for name in ("settings.ini", "_quarto.yml", "README.md"): shutil.copy(ROOT / name, work)
-    for name in ("nbs", "las_nb"): shutil.copytree(ROOT / name, work / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    subprocess.run([sys.executable, "-c", PROCESS], cwd=work, check=True, capture_output=True)
-    out = work / "site"; out.mkdir()
-    shutil.copy(NBS / "styles.css", out); shutil.copytree(NBS / "results", out / "results")
-    for path in sorted((work / "_proc").glob("*.ipynb")):
-        nb = normalise(json.loads(path.read_text(encoding="utf-8")))
-        path.write_text(json.dumps(nb), encoding="utf-8")
-        args = ["--standalone", "--mathml", "--fail-if-warnings", "--css=styles.css", f"--metadata=pagetitle:{path.stem}", f"--extract-media=media/{path.stem}"]
-        subprocess.run([pypandoc.get_pandoc_path(), str(path), "-f", "ipynb", "-t", "html5", "-o", html_name(path.stem), *args], cwd=out, check=True)
-        front = "".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "raw")
-        assert path.stem == "index" or f"output-file: {html_name(path.stem)}" in front, f"nbdev gives {path.stem} another address"
-    return out
-
-
-def html_name(stem): return re.sub(r"^\d+_", "", stem) + ".html"  # nbdev leaves the number out of the address
-
-
-@functools.cache
-def parsed(path): return Page(path.read_text(encoding="utf-8"))
-
-
-def page(site, stem): return parsed(site / html_name(stem))
+def page(site, path): return parsed(site / html_name(path.relative_to(NBS)))
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
