@@ -8,7 +8,6 @@ train = s["train_requirements"].split()
 setup(
     version=s["version"], description=s["description"], keywords=s["keywords"].split(),
     author=s["author"], author_email=s["author_email"], packages=[s["lib_name"]],
-    package_data={s["lib_name"]: ["py.typed"]},
     project_urls={"Documentation": s["doc_host"] + s["doc_baseurl"], "Source": s["git_url"], "Issues": s["git_url"] + "/issues",
                   "Changelog": f"{s['git_url']}/blob/{s['branch']}/CHANGELOG.md"},
     install_requires=s["requirements"].split(),

@@ -95,7 +95,7 @@ def test_an_index_can_file_the_wheel(meta):
 
 
 def test_types_are_announced(wheel):
-    with zipfile.ZipFile(wheel) as z: assert "las_nb/py.typed" in z.namelist(), "the wheel lacks py.typed: see package_data in setup.py"
+    with zipfile.ZipFile(wheel) as z: assert "las_nb/py.typed" in z.namelist(), "the wheel lacks las_nb/py.typed: was it deleted?"
 
 
 def test_citation_file():
