@@ -8,7 +8,8 @@ train = s["train_requirements"].split()
 setup(
     version=s["version"], description=s["description"], keywords=s["keywords"].split(),
     author=s["author"], author_email=s["author_email"], packages=[s["lib_name"]],
-    project_urls={"Source": s["git_url"], "Documentation": s["doc_host"] + s["doc_baseurl"]},
+    project_urls={"Documentation": s["doc_host"] + s["doc_baseurl"], "Source": s["git_url"], "Issues": s["git_url"] + "/issues",
+                  "Changelog": f"{s['git_url']}/blob/{s['branch']}/CHANGELOG.md"},
     install_requires=s["requirements"].split(),
     extras_require={"train": train, "hub": s["hub_requirements"].split(), "dev": train + s["dev_requirements"].split()},
     entry_points={"console_scripts": s["console_scripts"].split(),

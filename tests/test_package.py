@@ -1,11 +1,14 @@
 "The wheel as a stranger gets it: built, installed beside torch and fastcore alone, imported."
-import subprocess, sys, venv
+import email, re, shutil, subprocess, sys, venv, zipfile
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
-import pytest, re, shutil
+import pytest, yaml
 from packaging.requirements import Requirement
 from pages import ROOT, settings
+
+try: import tomllib
+except ImportError: import tomli as tomllib  # Python 3.10
 
 
 def closure(*names):
@@ -65,15 +68,42 @@ print(las_nb.__file__, LaSTransformer(3, 16, 1, vocab=5)(torch.zeros(2, 4, dtype
     assert "site-packages" in done.stdout and "torch.Size([2, 3])" in done.stdout
 
 
-def test_metadata_comes_from_settings(wheel):
+@pytest.fixture(scope="module")
+def meta(wheel):
+    with zipfile.ZipFile(wheel) as z: return email.message_from_bytes(z.read(next(n for n in z.namelist() if n.endswith("/METADATA"))))
+
+
+def test_metadata_comes_from_settings(wheel, meta):
     s = settings()
-    meta = metadata.metadata("las_nb")
     assert meta["Version"] == s["version"] and meta["Summary"] == s["description"] and meta["Author"] == s["author"]
     assert set(meta.get_all("Provides-Extra")) == {"train", "hub", "dev"}
-    assert any(s["git_url"] in u for u in meta.get_all("Project-URL"))
+    urls = dict(u.split(", ", 1) for u in meta.get_all("Project-URL"))
+    assert urls == {"Documentation": s["doc_host"] + s["doc_baseurl"], "Source": s["git_url"], "Issues": f"{s['git_url']}/issues",
+                    "Changelog": f"{s['git_url']}/blob/{s['branch']}/CHANGELOG.md"}
     assert wheel.stat().st_size < 150_000  # code alone: no notebooks, no results
     import las_nb
     assert las_nb.__version__ == s["version"]
+
+
+def test_an_index_can_file_the_wheel(meta):
+    known, given = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["classifiers"]), meta.get_all("Classifier")
+    assert set(given) == known and not any(c.startswith("License") for c in given), "the licence is named by License-Expression alone"
+    assert meta["License-Expression"] == "Apache-2.0" and meta["Requires-Python"] == f">={settings()['min_python']}"
+    oldest = f"Programming Language :: Python :: {settings()['min_python']}"
+    assert {oldest, "Typing :: Typed", "Operating System :: OS Independent", "Intended Audience :: Developers", "Intended Audience :: Science/Research"} <= set(given)
+    assert meta["Description-Content-Type"] == "text/markdown" and len(meta.get_payload()) > 1000
+
+
+def test_types_are_announced(wheel):
+    with zipfile.ZipFile(wheel) as z: assert "las_nb/py.typed" in z.namelist(), "the wheel lacks las_nb/py.typed: was it deleted?"
+
+
+def test_citation_file():
+    path = ROOT / "CITATION.cff"
+    subprocess.run([Path(sys.executable).parent / "check-jsonschema", "--builtin-schema", "vendor.citation-file-format", path], check=True)
+    cite, s = yaml.safe_load(path.read_text(encoding="utf-8")), settings()
+    assert cite["version"] == s["version"], f"CITATION.cff says version {cite['version']}, settings.ini {s['version']}: make them equal"
+    assert cite["repository-code"] == s["git_url"] and cite["url"] == s["doc_host"] + s["doc_baseurl"] and cite["abstract"] == s["description"]
 
 
 def test_help_lists_every_target():
