@@ -1,3 +1,4 @@
+import shutil
 import pytest
 
 
@@ -5,3 +6,22 @@ import pytest
 def own_cache(tmp_path_factory, monkeypatch):
     "A cache of its own in place of the user's."
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "Folder with `NAME.html` for every page."
+    pytest.importorskip("pypandoc")
+    import built
+    return built.build(tmp_path_factory.mktemp("docs"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "Chromium without a window."
+    api = pytest.importorskip("playwright.sync_api")
+    if not shutil.which("chromium"): pytest.skip("no Chromium")
+    with api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        yield b
+        b.close()

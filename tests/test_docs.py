@@ -18,24 +18,30 @@ def page(site, path): return parsed(site / html_name(path.relative_to(NBS)))
 def test_links_lead_somewhere(site, path):
     s = pages.settings()
     home = f"{s['doc_host']}{s['doc_baseurl']}/"
-    here = page(site, path.stem)
+    here = page(site, path)
     assert here.links
-    for link in here.links:
-        if link.startswith(home): link = link[len(home):]
-        elif re.match(r"https?:|mailto:", link): continue
-        target, _, anchor = link.partition("#")
-        if target.endswith(".ipynb"):
-            assert (path.parent / target).exists(), f"{path.name}: {link} leads nowhere"
-            target = html_name(target[:-6])
-        target = site / (target or html_name(path.stem))
+    for link in here.links: follow(site, path, link, home)
+
+
+def follow(site, path, link, home):
+    "Fail unless a link of the page at `path` leads to a page, and to an anchor on it."
+    base = path.parent
+    if link.startswith(home): link, base = link[len(home):], NBS
+    elif re.match(r"https?:|mailto:", link): return
+    target, _, anchor = link.partition("#")
+    target = (base / target).resolve() if target else path
+    if target.suffix in (".ipynb", ".qmd"):
         assert target.exists(), f"{path.name}: {link} leads nowhere"
-        if anchor: assert anchor in parsed(target).ids, f"{path.name}: no #{anchor} on {target.name}"
+        target = target.with_name(html_name(target.name))
+    target = site / target.relative_to(NBS).with_name(html_name(target.name) if target == path else target.name)
+    assert target.exists(), f"{path.name}: {link} leads nowhere"
+    if anchor: assert anchor in parsed(target).ids, f"{path.name}: no #{anchor} on {target.name}"
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
 def test_code_holds_no_markdown_links(site, path):
     "nbdev links backticked names, in comments of signatures too, where nothing renders them."
-    text = (site / html_name(path.stem)).read_text(encoding="utf-8")
+    text = (site / html_name(path.name)).read_text(encoding="utf-8")
     for block in re.findall(r"<pre.*?</pre>", text, re.S): assert "](http" not in re.sub("<[^>]+>", "", block)
 
 
@@ -48,7 +54,7 @@ def test_figures_have_words_and_a_white_ground(site, path):
             for key in ("label", "fig-cap", "fig-alt"): assert flags.get(key), f"{path.name}: a figure lacks #| {key}"
             corner = first_pixel(base64.b64decode("".join(png[0])))
             assert corner[:3] == (255, 255, 255) and corner[3:] in ((), (255,)), f"{path.name}: {flags['label']} is not on white"
-    for image in page(site, path.stem).images:
+    for image in page(site, path).images:
         if not image["src"].startswith("http"): assert (site / image["src"]).stat().st_size > 500
     for cell in pages.cells(path):
         if cell["cell_type"] == "markdown": assert not re.search(r"!\[\]\(", pages.source(cell)), f"{path.name}: an image without alt text"
@@ -81,7 +87,7 @@ def test_a_chapter_has_its_parts(site, path):
     assert first < 14, "the first picture comes early"
     assert "#| hide" in pages.source(cells[0]) and "#| eval: false" in pages.source(cells[0]) and "pip install" in pages.source(cells[0])
     assert (ROOT / "las_nb" / f"{path.stem[3:]}.py").exists(), "one chapter is one module of that name"
-    headings = page(site, path.stem).headings
+    headings = page(site, path).headings
     assert all(b <= a + 1 for a, b in zip(headings, headings[1:])), "headings in order"
 
 
@@ -130,6 +136,6 @@ def test_pages_look_like_pages(site, tmp_path):
              "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--hide-scrollbars", "--window-size=1000,1400"]
     for path in notebooks():
         shot = tmp_path / f"{path.stem}.png"
-        subprocess.run(["chromium", *flags, f"--screenshot={shot}", (site / html_name(path.stem)).as_uri()], check=True, capture_output=True, timeout=120)
+        subprocess.run(["chromium", *flags, f"--screenshot={shot}", (site / html_name(path.name)).as_uri()], check=True, capture_output=True, timeout=120)
         assert shot.stat().st_size > 20_000, f"{path.stem}: the page is all but empty"
     if keep := os.environ.get("LAS_NB_SHOTS"): shutil.copytree(tmp_path, keep, dirs_exist_ok=True, ignore=lambda d, n: [x for x in n if not x.endswith(".png")])

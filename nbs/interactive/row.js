@@ -27,7 +27,7 @@ function row(root, data) {
     alpha.show(a.toFixed(2)); W.show(`${w}`);
     const weights = lasRow(scores, i, a, w, order(), middle), plain = lasRow(scores, i, 0, 1, "scores", false);
     const moved = lasRow(other, i, a, w, order(), middle).reduce((sum, v, j) => sum + Math.abs(v - weights[j]), 0) / 2;
-    const ahead = weights.slice(i + 1).reduce((sum, v) => sum + v, 0), leaks = moved > 1e-9;
+    const ahead = weights.slice(i + 1).reduce((sum, v) => sum + v, 0), leaks = moved > 1e-9 || ahead > 1e-9;
     svg.replaceChildren();
     const ticks = [0, 8, 16, 24, L - 1].map(j => [j, `${j}`]);
     const up = v => 90 - 80 * v;
@@ -44,7 +44,7 @@ function row(root, data) {
     root.dataset.weights = JSON.stringify(weights); root.dataset.moved = moved;
     const half = a > 0 ? `scores halve every ${(Math.LN2 / a).toFixed(1)} steps` : "no decay";
     words.textContent = `Query ${i}: ${half}; W = ${w}. ` + (leaks
-      ? `The centred window LEAKS: ${(100 * ahead).toFixed(1)} % of the row lies on later keys, and other scores of later keys move ${(100 * moved).toFixed(1)} % of it.`
+      ? `The centred window LEAKS: ${(100 * ahead).toFixed(1)} % of the row lies on later keys; other scores there would move ${(100 * moved).toFixed(1)} % of it.`
       : "Nothing leaks: whatever later keys hold, this row stays. Grey marks: plain attention.");
   }
   form.addEventListener("input", draw);
