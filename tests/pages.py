@@ -2,12 +2,15 @@
 
 Run as a program it joins printed outputs, copies the repository's owner from settings.ini into badges and links,
 and makes README.md from nbs/index.ipynb."""
-import json, re, sys
+import base64, json, re, sys
 from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
+
+
+TEXTS = ("CONTRIBUTING.md", "_quarto.yml", "CITATION.cff", ".github/SECURITY.md", ".github/ISSUE_TEMPLATE/config.yml")  # with links to the repository
 
 
 def settings():
@@ -66,6 +69,15 @@ def with_owner(text):
     return re.sub(rf"(github\.com/|/github/|https://)[\w-]+(?=(\.github\.io)?/{s['repo']}\b)", rf"\g<1>{s['user']}", text)
 
 
+def picture(flags): return f"results/{flags['label']}.png"  # of the index, for README.md, which holds no pictures itself
+
+
+def pictures():
+    "The pictures that the index draws: path below `nbs/` -> bytes."
+    drawn = [(directives(c), o["data"]["image/png"]) for c in cells(NBS / settings()["readme_nb"]) for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    return {picture(flags): base64.b64decode("".join(png)) for flags, png in drawn}
+
+
 def readme():
     "README.md as nbs/index.ipynb says it: prose, code, and the outputs that are Markdown or text."
     out = []
@@ -76,6 +88,7 @@ def readme():
         elif flags.get("echo") != "false": out.append("```python\n" + re.sub(r"^#\|.*\n", "", source(cell), flags=re.M) + "\n```")
         for o in cell.get("outputs", []):
             data = o.get("data", {})
+            if "image/png" in data: out.append(f"![{flags['fig-alt'].strip(chr(34))}]({picture(flags)})"); continue
             if "text/markdown" in data: out.append("".join(data["text/markdown"]))
             elif text := data.get("text/plain", o.get("text")): out.append("```\n" + "".join(text).rstrip() + "\n```")
     note = "<!-- Made from nbs/index.ipynb by `make sync`: edit the notebook. -->"
@@ -97,7 +110,7 @@ def joined(text):
 
 
 def main():
-    for path in [*notebooks(), ROOT / "CONTRIBUTING.md"]:
+    for path in [*notebooks(), *(ROOT / name for name in TEXTS)]:
         old = path.read_text(encoding="utf-8")
         new = with_owner(with_head(path, joined(old)) if path.suffix == ".ipynb" else old)
         if new != old: path.write_text(new, encoding="utf-8"); print(f"tidied {path.relative_to(ROOT)}")
@@ -108,6 +121,8 @@ def main():
     for path, text in wanted.items():
         path.parent.mkdir(exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text: path.write_text(text, encoding="utf-8"); print(f"made {path.relative_to(ROOT)}")
+    for name, png in pictures().items():
+        if not (NBS / name).exists() or (NBS / name).read_bytes() != png: (NBS / name).write_bytes(png); print(f"made nbs/{name}")
     target = ROOT / "README.md"
     if (text := readme()) != target.read_text(encoding="utf-8"): target.write_text(text, encoding="utf-8"); print("made README.md")
 

@@ -125,7 +125,7 @@ def test_quarto_config_is_one_file_and_lists_every_page():
         for i in items:
             if "href" in i: yield i["href"]
             yield from hrefs(i.get("contents", []))
-    assert sorted(hrefs(cfg["website"]["sidebar"]["contents"])) == sorted(p.relative_to(NBS).as_posix() for p in notebooks())
+    assert sorted(hrefs(cfg["website"]["sidebar"]["contents"])) == sorted(p.relative_to(NBS).as_posix() for p in [*notebooks(), *NBS.glob("api/*.qmd")])
     assert cfg["format"]["html"]["keep-md"] is True
 
 
