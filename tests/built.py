@@ -36,7 +36,7 @@ def html_name(path):
 
 
 def normalise(nb):
-    "What pandoc needs and nbdev leaves out; Markdown that a cell prints becomes a Markdown cell."
+    "What pandoc needs and nbdev leaves out; Markdown that a cell prints becomes a Markdown cell, and so do its pictures, with their words."
     cells = []
     for cell in nb["cells"]:
         cell.setdefault("metadata", {})
@@ -48,6 +48,9 @@ def normalise(nb):
         for o in cell["outputs"]:
             o.pop("has_sd", None)
             if o["output_type"] == "execute_result" and not isinstance(o.get("execution_count"), int): o["execution_count"] = 1
+            if png := o.get("data", {}).pop("image/png", None):
+                alt = re.search(r"^#\| *fig-alt: *(.*)$", "".join(cell["source"]), re.M)
+                cells.append(dict(cell_type="markdown", metadata={}, attachments={"drawn.png": {"image/png": png}}, source=f"![{alt.group(1).strip(chr(34)) if alt else ''}](attachment:drawn.png)"))
             if asis: cells.append(dict(cell_type="markdown", metadata={}, source=o.get("data", {}).get("text/markdown", o.get("text", ""))))
     return dict(nb, cells=cells, nbformat=4, nbformat_minor=5)
 

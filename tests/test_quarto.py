@@ -66,7 +66,7 @@ def theme_problems(config, where):
 @pytest.fixture(scope="module")
 def processed(tmp_path_factory):
     "What nbdev hands to Quarto."
-    from test_docs import PROCESS
+    from built import PROCESS
     work = tmp_path_factory.mktemp("quarto")
     for name in ("settings.ini", "_quarto.yml", "README.md"): shutil.copy(ROOT / name, work)
     for name in ("nbs", "las_nb"): shutil.copytree(ROOT / name, work / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "nbdev.yml"))

@@ -44,7 +44,7 @@ function row(root, data) {
     root.dataset.weights = JSON.stringify(weights); root.dataset.moved = moved;
     const half = a > 0 ? `scores halve every ${(Math.LN2 / a).toFixed(1)} steps` : "no decay";
     words.textContent = `Query ${i}: ${half}; W = ${w}. ` + (leaks
-      ? `The centred window LEAKS: ${(100 * ahead).toFixed(1)} % of the row lies on later keys; other scores there would move ${(100 * moved).toFixed(1)} % of it.`
+      ? `The centred window LEAKS: ${(100 * ahead).toFixed(1)} % of the row lies on later keys; higher scores there would move ${(100 * moved).toFixed(1)} % of it.`
       : "Nothing leaks: whatever later keys hold, this row stays. Grey marks: plain attention.");
   }
   form.addEventListener("input", draw);
