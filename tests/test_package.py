@@ -1,10 +1,11 @@
 "The wheel as a stranger gets it: built, installed beside torch and fastcore alone, imported."
-import email, re, shutil, subprocess, sys, venv, zipfile
+import importlib, email, re, shutil, subprocess, sys, venv, zipfile
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
 import pytest, yaml
 from packaging.requirements import Requirement
+from las_nb import LaSTransformer, las_attention
 from pages import ROOT, settings
 
 try: import tomllib
@@ -104,6 +105,58 @@ def test_citation_file():
     cite, s = yaml.safe_load(path.read_text(encoding="utf-8")), settings()
     assert cite["version"] == s["version"], f"CITATION.cff says version {cite['version']}, settings.ini {s['version']}: make them equal"
     assert cite["repository-code"] == s["git_url"] and cite["url"] == s["doc_host"] + s["doc_baseurl"] and cite["abstract"] == s["description"]
+
+
+def test_import_is_light_and_silent(python):
+    "After torch's own import: under 2 s for the package, nothing printed, no state of torch or of the process changed."
+    code = """
+import os, random, sys, threading, time, warnings
+import torch
+warnings.simplefilter("error")
+def state(): return (torch.get_rng_state().tolist(), random.getstate(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), dict(os.environ), threading.active_count(), os.getcwd(), sorted(os.listdir(".")))
+before, start = state(), time.perf_counter()
+import las_nb
+seconds = time.perf_counter() - start
+assert state() == before, "importing changed something"
+assert seconds < 2, f"import las_nb took {seconds:.1f} s"
+print("fine")
+"""
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", ""), done.stderr
+
+
+def test_names_at_the_top(python):
+    code = "import las_nb; print(all(hasattr(las_nb, n) for n in las_nb.__all__), len(las_nb.__all__), las_nb.las_attention.__module__)"
+    assert subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, cwd="/").stdout.split() == ["True", "8", "las_nb.fast"]
+
+
+def test_health_check_in_a_bare_environment(python):
+    "`python -m las_nb`: versions, what is missing, devices, health; exit 0."
+    done = subprocess.run([python, "-I", "-m", "las_nb"], capture_output=True, text=True, cwd="/")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 4, done.stderr
+    assert settings()["version"] in lines[0] and "torch" in lines[0] and "accelerate missing" in lines[1] and "cpu" in lines[2] and lines[3].startswith("health: ok; cpu agrees")
+
+
+def test_health_check_tells_the_ill(monkeypatch, capsys):
+    main = importlib.import_module("las_nb.__main__")
+    wrong = lambda *a, **k: las_attention(*a, **k) * 1.01
+    monkeypatch.setattr(main, "las_attention", wrong)
+    assert main.main() == 1 and "NOT WELL; cpu DISAGREES" in capsys.readouterr().out
+    def fails(*a, **k): raise RuntimeError("no kernel\nmore")
+    monkeypatch.setattr(main, "las_attention", fails)
+    assert main.main() == 1 and "cpu fails with RuntimeError: no kernel" in capsys.readouterr().out
+
+
+def test_shipped_checkpoint_reads_digits():
+    "The model in the repository scores what its record says."
+    import json
+    from las_nb.digits import accuracy, digits_data
+    folder = ROOT / "nbs" / "results"
+    model, data = LaSTransformer.from_pretrained(folder / "digits-las"), digits_data()
+    record = next(r for r in json.loads((folder / "digits.json").read_text())["runs"] if r["name"] == "LaS" and r["seed"] == 0)
+    assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(record["test"], abs=.5)
+    assert sum(f.stat().st_size for f in (folder / "digits-las").iterdir()) < 1_000_000
 
 
 def test_help_lists_every_target():
