@@ -264,13 +264,13 @@ def contrast(a, b):
     return (high + .05) / (low + .05)
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium")
-def test_pages_look_like_pages(site, tmp_path):
-    "Render every page headless; a blank page or one that runs off to the right fails."
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--hide-scrollbars", "--window-size=1000,1400"]
-    for path in notebooks():
+def test_pages_look_like_pages(site, browser, tmp_path):
+    "Render every page; a blank page or one that runs off to the right fails."
+    p = browser.new_page(viewport=dict(width=1000, height=1400))
+    for path in [*notebooks(), NBS / "api" / "fast.qmd", NBS / "api" / "index.qmd"]:
         shot = tmp_path / f"{path.stem}.png"
-        subprocess.run(["chromium", *flags, f"--screenshot={shot}", (site / html_name(path.name)).as_uri()], check=True, capture_output=True, timeout=120)
+        p.goto((site / html_name(path.relative_to(NBS))).as_uri()); p.screenshot(path=shot)
         assert shot.stat().st_size > 20_000, f"{path.stem}: the page is all but empty"
-    if keep := os.environ.get("LAS_NB_SHOTS"): shutil.copytree(tmp_path, keep, dirs_exist_ok=True, ignore=lambda d, n: [x for x in n if not x.endswith(".png")])
+        assert p.evaluate("[...document.querySelectorAll('img, .play')].every(e => e.getBoundingClientRect().right <= 2000)"), f"{path.stem}: a figure runs off to the right"
+    p.close()
+    if keep := os.environ.get("LAS_NB_SHOTS"): shutil.copytree(tmp_path, keep, dirs_exist_ok=True)
