@@ -271,6 +271,6 @@ def test_pages_look_like_pages(site, browser, tmp_path):
         shot = tmp_path / f"{path.stem}.png"
         p.goto((site / html_name(path.relative_to(NBS))).as_uri()); p.screenshot(path=shot)
         assert shot.stat().st_size > 20_000, f"{path.stem}: the page is all but empty"
-        assert p.evaluate("[...document.querySelectorAll('img, .play')].every(e => e.getBoundingClientRect().right <= 2000)"), f"{path.stem}: a figure runs off to the right"
+        assert p.evaluate("[...document.querySelectorAll('.play')].every(e => e.getBoundingClientRect().right <= 1000)"), f"{path.stem}: a figure runs off to the right"
     p.close()
     if keep := os.environ.get("LAS_NB_SHOTS"): shutil.copytree(tmp_path, keep, dirs_exist_ok=True)
