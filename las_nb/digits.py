@@ -95,6 +95,7 @@ def make_model(
 # %% ../nbs/08_digits.ipynb #55427e36
 class RemoteBar:
     "A progress bar that is drawn elsewhere: sends `(key, batches, postfix)` through a queue."
+    queue: Any; key: tuple[str, int]
     def __init__(self, queue: Any, key: tuple[str, int]): self.queue, self.key = queue, key
     def update(self, n: int) -> None:
         "`n` batches more are done."
