@@ -412,4 +412,4 @@ class Mega(nn.Module):
 # %% ../nbs/16_layers.ipynb #d5bf68ce
 register_mixer("las-chunk", functools.partial(LaSAttention, chunk=64))
 for _name, _make in dict(attention=Attention, alibi=ALiBi, local=Local, linear=LinearAttention, performer=Performer, linformer=Linformer,
-                       s4d=S4D, sgconv=SGConv, hyena=Hyena, mega=Mega).items(): register_mixer(_name, _make)
+                         s4d=S4D, sgconv=SGConv, hyena=Hyena, mega=Mega).items(): register_mixer(_name, _make)

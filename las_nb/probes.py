@@ -57,7 +57,7 @@ def apart(n: int, L: int, generator: torch.Generator) -> tuple[torch.Tensor, tor
     "As recall, with every value eight steps behind its key."
     return recall(n, L, generator, apart=True)
 
-PROBES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = dict(motif=motif, needle=needle, recall=recall, apart=apart, copying=copying)  # name -> (n, L, generator) -> tokens, labels, mask of what decides
+PROBES: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = dict(motif=motif, needle=needle, recall=recall, apart=apart, copying=copying)  # name -> (n, L, generator) -> tokens, labels, mask of what decides
 
 def probe(
     name: str,  # a key of PROBES
