@@ -311,6 +311,7 @@ class Trainer:
     data: dict[str, Batch | Sequences]; steps: int; epoch: int; step: int; seconds: float; tokens: int; peak: int; curve: dict[str, list[float]]
     signal: int | None; asked: int; checked: int; commits: list[str]; devices: list[str]; precisions: list[str]
     sums: torch.Tensor; labels: str; saved_at: float
+    run: Callable[[], dict[str, Any]]; evaluate: Callable[[str], float]  # methods that cells below add
 
     def __init__(
         self,
