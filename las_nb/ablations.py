@@ -31,6 +31,8 @@ class LaSVariant(LaSAttention):
     """LaS with parts exchanged, for ablations; causal, its matrices written down, O(L²) time and memory.
 
     Raises `ValueError` for options that do not go together."""
+    reach: int | None; rotary: bool; raw_rates: nn.Parameter; taps: nn.Parameter  # the last two where they are learned
+
     def __init__(
         self,
         dim: int,  # width; a multiple of `n_heads`
@@ -51,11 +53,11 @@ class LaSVariant(LaSAttention):
         if learn in ("rates", "both"): self.raw_rates = nn.Parameter(self.rates.clamp_min(1e-4).expm1().log())  # softplus gives the rate
         if learn in ("filter", "both"): self.taps = nn.Parameter(torch.full((n_heads, window), 1 / window))
 
-    def current_rates(self):
+    def current_rates(self) -> torch.Tensor:
         "The rates `(H,)`, as far as they are learned by now."
         return F.softplus(self.raw_rates) if hasattr(self, "raw_rates") else self.rates
 
-    def matrix(self, q, k):
+    def matrix(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         "Attention weights `(B, H, L, L)`."
         L, window, rates = k.shape[2], self.window, self.current_rates()
         if self.rotary: q, k = rotate(q), rotate(k)
@@ -67,11 +69,12 @@ class LaSVariant(LaSAttention):
         if self.pool == "scores": return masked_softmax(smooth_scores(e, window), seen)
         return smooth_weights(masked_softmax(e, seen), window)
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "The attention matrices times the values: `(B, H, L, D)`."
         w = self.matrix(q, k)
         with torch.autocast(v.device.type, enabled=False): return (w @ v.to(w.dtype)).to(v.dtype)
 
-    def weights(self, x, lengths=None):
+    def weights(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         "The attention matrices of `x` `(B, L, dim)`: `(B, H, L, L)`."
         q, k, _ = self.heads(x, lengths)
         return self.matrix(q, k)

@@ -7,6 +7,7 @@ __all__ = ['REFUSED', 'slide', 'share_heads', 'las_step', 'masked_las_attention'
 
 # %% ../nbs/21_adapt.ipynb #081ffdf5
 import torch
+from typing import Any
 from .attention import attention_scores, check_qkv, masked_softmax
 from .fast import las_attention
 from .las import POOLS, check_choice
@@ -60,12 +61,12 @@ def masked_las_attention(
     q: torch.Tensor,  # queries `(B, H, n, D)`: of all positions, or of the last n
     k: torch.Tensor,  # keys `(B, G, L, D)`; H is a multiple of G
     v: torch.Tensor,  # values `(B, G, L, D)`
-    rates: torch.Tensor | tuple,  # decay rate per query head `(H,)`, per step; see decay_rates
+    rates: torch.Tensor | tuple[float, ...],  # decay rate per query head `(H,)`, per step; see decay_rates
     mask: torch.Tensor | None = None,  # boolean `(B, L)`: True = real token; padding on either side or both
     window: int = 3,  # pooling window W; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     causal: bool = True,  # attend to the past only?
-    **options,  # further arguments of las_attention
+    **options: Any,  # further arguments of las_attention
 ) -> torch.Tensor:  # `(B, H, n, D)`; meaningless at padded positions
     """LaS attention as decoders call it: grouped heads, a key-padding mask, and queries of the newest tokens alone.
 
@@ -97,8 +98,8 @@ def register_las(
     window: int = 3,  # pooling window W; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     spacing: str = "geometric",  # how rates spread over heads; see decay_rates
-    **options,  # further arguments of las_attention
-):
+    **options: Any,  # further arguments of las_attention
+) -> None:
     """Add LaS attention to the table of Hugging Face transformers, under `name`.
 
     Needs `transformers` (4.53 or newer). Models raise `ValueError` when they ask for attention dropout, sliding windows, soft

@@ -21,7 +21,7 @@ def attention_scores(
 # %% ../nbs/01_attention.ipynb #1b9bbaae
 def causal_mask(
     L: int,  # sequence length
-    device=None,  # where the mask is used
+    device: torch.device | str | None = None,  # where the mask is used
 ) -> torch.Tensor:  # boolean `(L, L)`, True = may attend
     "Lower triangle: query `i` may attend to keys `j <= i`."
     return torch.ones(L, L, dtype=torch.bool, device=device).tril()
@@ -47,7 +47,7 @@ def check_qkv(
     q: torch.Tensor,  # queries `(..., L, D)`
     k: torch.Tensor,  # keys, shaped like `q`
     v: torch.Tensor,  # values, shaped like `q` but for the last axis
-):
+) -> None:
     "Raise `ValueError` unless `q`, `k` and `v` belong together."
     if q.ndim < 2 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1] or 0 in q.shape:
         raise ValueError(f"q, k and v must share the shape (..., L, D) with no axis empty; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")

@@ -11,7 +11,7 @@ __all__ = ['WAYS', 'MODELS', 'Case', 'make_inputs', 'trained_inputs', 'Skip', 'p
 # %% ../nbs/12_bench.ipynb #47e65963
 import contextlib, functools, importlib, json, math, multiprocessing, os, re, statistics, sys, time, torch, torch.nn.functional as F
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 from fastcore.script import call_parse
 from .fast import compiled_flex, las_attention, plan_call
 from .las import POOLS, las_dense
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 # %% ../nbs/12_bench.ipynb #7c425b40
 def make_inputs(
     case: Case,
-) -> tuple:  # queries, keys, values `(B, H, L, D)`; rates of the heads
+) -> tuple[list[torch.Tensor], tuple[float, ...]]:  # queries, keys, values `(B, H, L, D)`; rates of the heads
     "What goes into every method of a case."
     torch.manual_seed(0)
     rates, kind = decay_rates(case.heads, case.max_rate), dict(device=case.device, dtype=getattr(torch, case.dtype))
@@ -48,7 +48,7 @@ def make_inputs(
     a = [t.to(**kind) for t in (a[0] * case.score_scale, a[1], a[2])]
     return [t.requires_grad_(case.backward) for t in a], tuple(rates.tolist())
 
-def trained_inputs(case):
+def trained_inputs(case: Case) -> list[torch.Tensor]:
     "Queries, keys and values of the first layer of a trained model that reads rows of 8 x 8 digits."
     from las_nb.digits import digits_data
     model, pixels = LaSTransformer.from_pretrained(case.trained), digits_data()["x_train"].flatten()  # (1347 * 64,)
@@ -61,9 +61,11 @@ def trained_inputs(case):
 class Skip(Exception):
     "A method that takes no part in a case, and why."
 
-def plain(q, k, v, rates, case): return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: tuple[float, ...], case: Case) -> torch.Tensor:
+    "Plain causal attention by torch, without decay or smoothing."
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-def dense(q, k, v, rates, case):
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: tuple[float, ...], case: Case) -> torch.Tensor:
     "One head at a time where the matrices of all would be too many."
     need = 4 * case.L ** 2 * (14 if case.backward else 7) * (1 if case.L > 2048 else case.batch * case.heads)
     if need > memory_left(case.device): raise Skip(f"its matrices need {need / 2**30:.0f} GiB")
@@ -77,16 +79,17 @@ def dense(q, k, v, rates, case):
         torch.autograd.grad(o, a, torch.ones_like(o)); out.append(o.detach())
     return torch.cat(out, 1)
 
-def las(method):
+def las(method: str) -> Callable[..., torch.Tensor]:
     "LaS by a method of the library."
     def way(q, k, v, rates, case): return las_attention(q, k, v, rates, case.window, case.pool, method=method, tol=case.tol)
     return way
 
-def flex(q, k, v, rates, case):
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: tuple[float, ...], case: Case) -> torch.Tensor:
+    "LaS by FlexAttention, which has no backward on the CPU."
     if case.backward and case.device == "cpu": raise Skip("no backward on the CPU")
     return las("flex")(q, k, v, rates, case)
 
-def alibi(q, k, v, rates, case):
+def alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: tuple[float, ...], case: Case) -> torch.Tensor:
     "Plain attention with ALiBi's bias, by FlexAttention: another function, of the same kind."
     if case.backward and case.device == "cpu": raise Skip("no backward on the CPU")
     from torch.nn.attention.flex_attention import create_block_mask
@@ -94,16 +97,16 @@ def alibi(q, k, v, rates, case):
     mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, case.L, case.L, device=q.device)
     return compiled_flex()(q, k, v, score_mod=lambda s, b, h, i, j: s - slope[h] * (i - j), block_mask=mask)
 
-WAYS = {"plain": plain, "auto": las("auto"), "linear": las("linear"), "sdpa": las("sdpa"), "flex": flex, "alibi": alibi, "dense": dense}
+WAYS: dict[str, Callable[..., torch.Tensor]] = {"plain": plain, "auto": las("auto"), "linear": las("linear"), "sdpa": las("sdpa"), "flex": flex, "alibi": alibi, "dense": dense}
 
-def memory_left(device):
+def memory_left(device: str) -> float:
     "Bytes that may be asked for without risk."
     if device == "cuda": return torch.cuda.mem_get_info()[0] / 2
     import psutil
     return psutil.virtual_memory().available / 2
 
 # %% ../nbs/12_bench.ipynb #5b1ec171
-def fastest_backend(case, a):
+def fastest_backend(case: Case, a: list[torch.Tensor]) -> tuple[Callable[[], Any], str]:
     "A context in which plain attention is as fast as torch can be here, and its name."
     from torch.nn.attention import SDPBackend, sdpa_kernel
     if case.device != "cuda": return contextlib.nullcontext, "default"
@@ -116,7 +119,7 @@ def fastest_backend(case, a):
     return functools.partial(sdpa_kernel, best), best.name.lower()
 
 # %% ../nbs/12_bench.ipynb #7b03f466
-def call(way, case, a, rates):
+def call(way: Callable[..., torch.Tensor], case: Case, a: list[torch.Tensor], rates: tuple[float, ...]) -> torch.Tensor:
     "Forward, or forward and backward, of a method."
     if not case.backward:
         with torch.no_grad(): return way(*a, rates, case)
@@ -124,7 +127,7 @@ def call(way, case, a, rates):
     if o.requires_grad: torch.autograd.grad(o, a, torch.ones_like(o))
     return o.detach()
 
-def timed(way, case, a, rates):
+def timed(way: Callable[..., torch.Tensor], case: Case, a: list[torch.Tensor], rates: tuple[float, ...]) -> float:
     "Seconds of one call, the device included."
     wait = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     wait(); start = time.perf_counter()
@@ -135,10 +138,10 @@ def timed(way, case, a, rates):
 # %% ../nbs/12_bench.ipynb #99f9b796
 def compare_ways(
     case: Case,
-    names: tuple = tuple(WAYS),  # of `WAYS`; "plain" is always measured
+    names: Sequence[str] = tuple(WAYS),  # of `WAYS`; "plain" is always measured
     rounds: int = 5,  # every method once in each
     slow: float = 20.,  # seconds; where the first call takes longer, it is the only one
-) -> tuple[dict, dict]:  # name -> seconds (median), low, high, ratio (of plain's time to this one's, median over rounds); name -> why it took no part
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:  # name -> seconds (median), low, high, ratio (of plain's time to this one's, median over rounds); name -> why it took no part
     "Time of all methods of a case, in turn."
     a, rates = make_inputs(case)
     names, skipped, times, first = ("plain", *(n for n in names if n != "plain")), {}, {}, {}
@@ -174,7 +177,7 @@ def error_of(
     return worst
 
 # %% ../nbs/12_bench.ipynb #1f49b1f2
-def resident(peak=False):
+def resident(peak: bool = False) -> int:
     "Bytes of memory that this process holds, or has held at most."
     try: return 1024 * int(re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     except OSError:
@@ -182,7 +185,7 @@ def resident(peak=False):
         info = psutil.Process().memory_info()
         return getattr(info, "peak_wset", info.rss) if peak else info.rss
 
-def peak_of(call, device: str) -> int:  # bytes
+def peak_of(call: Callable[[], Any], device: str) -> int:  # bytes
     "Peak memory of a call, over what was there before."
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
@@ -192,13 +195,13 @@ def peak_of(call, device: str) -> int:  # bytes
     call()
     return resident(peak=True) - before
 
-def probe_memory(name, case):
+def probe_memory(name: str, case: dict[str, Any]) -> int:
     "Peak of one call of a method."
     case = Case(**case)
     call(WAYS[name], small := case._replace(L=64), *make_inputs(small))  # what loads at first use
     return peak_of(lambda: call(WAYS[name], case, *make_inputs(case)), case.device)
 
-def answer(function, args, queue):
+def answer(function: str, args: tuple[Any, ...], queue: Any) -> None:
     "Put what a function says, or why it says nothing, into a queue."
     module, name = function.split(":")
     try: queue.put(getattr(importlib.import_module(module), name)(*args))
@@ -206,7 +209,7 @@ def answer(function, args, queue):
 
 def apart(
     function: str,  # such as "las_nb.bench:probe_memory"; found by the new process, in a notebook too
-    *args,  # of the function
+    *args: Any,  # of the function
 ) -> int | None:  # bytes; None where it failed
     "What a function that measures memory finds in a process of its own."
     context = multiprocessing.get_context("spawn")
@@ -234,7 +237,7 @@ def model_speed(
     name: str,  # of `MODELS`
     device: str = "cpu",
     rounds: int = 3,
-) -> dict:  # method -> tokens per second (median), low, high, ratio (to plain)
+) -> dict[str, dict[str, float]]:  # method -> tokens per second (median), low, high, ratio (to plain)
     "Training speed of a whole model, with plain attention and with LaS."
     L, gpu, cpu, options = MODELS[name]
     batch, kinds = gpu if device == "cuda" else cpu, {"plain": dict(max_rate=0., window=1), "auto": {}, "dense": dict(method="dense")}
@@ -252,7 +255,13 @@ def model_speed(
     speed = {kind: [batch * L / t for t in ts] for kind, ts in times.items()}
     return {kind: dict(tokens_per_s=statistics.median(s), low=min(s), high=max(s), ratio=statistics.median(s) / statistics.median(speed["plain"])) for kind, s in speed.items()}
 
-def training_step(model, optimizer, x, y, lengths=None):
+def training_step(
+    model: torch.nn.Module,  # takes inputs and lengths, gives logits
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,  # inputs `(B, L, ...)`
+    y: torch.Tensor,  # labels `(B,)`
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
+) -> Callable[[], float]:  # gives the loss in nats
     "One step of training, as a function without arguments."
     def step():
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda): loss = F.cross_entropy(model(x, lengths).float(), y)
@@ -262,7 +271,7 @@ def training_step(model, optimizer, x, y, lengths=None):
 
 # %% ../nbs/12_bench.ipynb #3330dae1
 def speed_table(
-    record: dict,  # as las_bench writes it
+    record: dict[str, Any],  # as las_bench writes it
 ) -> str:  # Markdown
     "Seconds, speed relative to plain attention, memory and error of every method and case."
     rows = ["| L | max_rate | method | seconds (range) | plain / this | peak memory (MiB) | error / largest value |", "|---:|---:|---|---:|---:|---:|---:|"]
@@ -276,9 +285,9 @@ def speed_table(
 
 # %% ../nbs/12_bench.ipynb #a49eae7d
 def plot_speed(
-    record: dict,  # as las_bench writes it
+    record: dict[str, Any],  # as las_bench writes it
     path: str | Path | None = None,  # where the PNG goes; None = nowhere
-):
+) -> None:
     "Seconds against length, one panel per rate, both axes logarithmic."
     import io, matplotlib.pyplot as plt
     rates = list(dict.fromkeys(c["max_rate"] for c in record["cases"]))
@@ -295,14 +304,28 @@ def plot_speed(
         replace_file(Path(path), image.getvalue()); plt.close(fig)
 
 # %% ../nbs/12_bench.ipynb #9ae82cd0
-def numbers(name, text, kind):
+def numbers(name: str, text: object, kind: type[Any]) -> list[Any]:
     "The values of an option such as `1024,4096`; raises `ValueError` for text that is none."
     try: found = [kind(t) for t in str(text).split(",")]
     except ValueError: found = []
     if not found or not all(0 <= n < math.inf and (n > 0 or kind is float) for n in found): raise ValueError(f"--{name} takes {'whole numbers > 0' if kind is int else 'numbers >= 0'}, with commas between; got {text!r}")
     return found
 
-def read_cases(device, dtype, lengths, heads, width, batch, max_rate, window, pool, tol, backward, score_scale, trained):
+def read_cases(
+    device: str,  # cpu or cuda
+    dtype: str,  # float32, bfloat16 or float16
+    lengths: str,  # L, with commas between
+    heads: int,  # H
+    width: int,  # D
+    batch: int | None,  # B; None = by length and device
+    max_rate: str,  # per step, with commas between
+    window: int,  # W
+    pool: str,  # scores or weights
+    tol: float | None,  # relative to the largest value; None = by dtype
+    backward: bool,  # forward and backward?
+    score_scale: float,  # scores are so many times larger
+    trained: str | None,  # folder of a model, whose heads and width count
+) -> list[Case]:
     "The cases that the options ask for; raises `ValueError` for values that are not allowed."
     if device not in ("cpu", "cuda"): raise ValueError(f"--device is cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available(): raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
@@ -340,7 +363,7 @@ def bench_main(
     models: bool = False,  # also the training speed of whole models
     name: str = None,  # of the results; by default bench-DEVICE
     out: str = "nbs/results" if Path("nbs/results").is_dir() else ".",  # folder for NAME.json and NAME.png
-):
+) -> None:
     "Time, memory and error of LaS, by every method, beside torch's plain attention."
     try:
         for way in ways.split(","):
@@ -364,7 +387,7 @@ def bench_main(
     except OSError as e: refuse(f"{e.strerror or e}: {e.filename or ''}")
     except KeyboardInterrupt: refuse(f"stopped; the cases that were done are in {Path(out) / record['name']}.json")
 
-def measure(case, ways, rounds):
+def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
     "Everything about one case, for the results file."
     found, skipped = compare_ways(case, ways, rounds)
     for name, result in found.items():

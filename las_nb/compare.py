@@ -10,9 +10,10 @@ __all__ = ['FAMILIES', 'read_grid', 'parse_toml', 'spread', 'arguments', 'count'
 # %% ../nbs/17_compare.ipynb #00a93bb9
 import importlib, io, itertools, json, math, os, re, statistics, time, torch
 from pathlib import Path
+from typing import Any, Callable
 from fastcore.script import call_parse
 from .bench import apart, peak_of, training_step
-from .data import batches, every_task, load_task, reading_order
+from .data import Batch, batches, every_task, load_task, reading_order
 from .digits import commit_id, refuse
 from .las import check_choice, nearest
 from .model import count_parameters, every_mixer, replace_file
@@ -21,7 +22,7 @@ from .train import Recipe, build, guarded, options_of, preset, work_off
 # %% ../nbs/17_compare.ipynb #64ab9c29
 def read_grid(
     path: str | Path,  # a TOML file
-) -> dict:  # "grid/task-label-seed" -> arguments of preset, seeds outermost
+) -> dict[str, dict[str, Any]]:  # "grid/task-label-seed" -> arguments of preset, seeds outermost
     """The cells of a grid, with equal numbers of parameters.
 
     Raises `ValueError` for a file that cannot be read or asks for what does not exist."""
@@ -43,7 +44,7 @@ def read_grid(
     if not cells: raise ValueError(f"{path} names no tasks: write [tasks.digits], for example")
     return {f"{Path(path).stem}/{task}-{label}-{seed}": args | dict(seed=seed) for seed in grid.get("seeds", [0]) for (task, label), args in cells.items()}
 
-def parse_toml(path) -> dict:
+def parse_toml(path: str | Path) -> dict[str, Any]:
     "What a TOML file says, with LaS as the only layer and the first one as reference where it is silent; raises `ValueError` when it cannot be read."
     try: import tomllib
     except ImportError: import tomli as tomllib  # Python 3.10
@@ -59,14 +60,14 @@ def parse_toml(path) -> dict:
 # %% ../nbs/17_compare.ipynb #5f048264
 def spread(
     name: str,  # of a mixer's table
-    table: dict,  # option -> value, or list of values: an axis of the grid
-) -> list[tuple]:  # (label, option -> value) for every combination
+    table: dict[str, Any],  # option -> value, or list of values: an axis of the grid
+) -> list[tuple[str, dict[str, Any]]]:  # (label, option -> value) for every combination
     "The variants that a mixer's table asks for."
     table = dict(mixer=name) | table
     axes = {option: value for option, value in table.items() if isinstance(value, list)}
     return [("-".join([name, *(str(v) for v in values)]), table | dict(zip(axes, values))) for values in itertools.product(*axes.values())]
 
-def arguments(task, table) -> dict:  # of preset
+def arguments(task: str, table: dict[str, Any]) -> dict[str, Any]:  # of preset
     "What a cell says, sorted into fields of the recipe and options of its mixer."
     fields, table = options_of(Recipe), {k: None if v == "none" else v for k, v in table.items()}
     args = dict(task=task, model=table.pop("mixer")) | {k: table.pop(k) for k in list(table) if k in fields and k != "mixer_options"}
@@ -75,15 +76,15 @@ def arguments(task, table) -> dict:  # of preset
     return args
 
 # %% ../nbs/17_compare.ipynb #0ae8068d
-def count(args: dict) -> int:
+def count(args: dict[str, Any]) -> int:
     "Trainable parameters of a cell's model."
     with torch.random.fork_rng(): return count_parameters(build(preset(**args)))
 
 def equalised(
-    args: dict,  # of preset
+    args: dict[str, Any],  # of preset
     target: int,  # trainable parameters wanted
     tolerance: float = .03,  # share by which they may differ
-) -> dict:  # of preset, with the width of the feed-forward networks that brings the model there
+) -> dict[str, Any]:  # of preset, with the width of the feed-forward networks that brings the model there
     "Give a model as many parameters as another by the width of its feed-forward networks; raises `ValueError` where that cannot be."
     recipe = preset(**args)
     hidden, each = recipe.feedforward or 4 * recipe.dim, recipe.depth * (2 * recipe.dim + 1)  # a unit of width has dim + 1 weights in, dim out
@@ -95,29 +96,29 @@ def equalised(
     return args if width == hidden else args | dict(feedforward=width)
 
 # %% ../nbs/17_compare.ipynb #746d4f34
-def one_batch(args, root, device):
+def one_batch(args: dict[str, Any], root: str | None, device: str) -> Batch:
     "The first batch of a cell's data, cut to a thousand sequences."
     recipe = preset(**args)
     data = load_task(recipe.task, root, device, recipe.limit or 1000, recipe.sample, length=recipe.length)["train"]
     return next(iter(batches(data, recipe.batch_size, reading_order(data, recipe.batch_size, recipe.seed, 0))))
 
-def step_on(args, batch):
+def step_on(args: dict[str, Any], batch: Batch) -> Callable[[], float]:
     "A function that trains the model of a cell on a batch."
     model = build(preset(**args)).to(batch.labels.device)
     return training_step(model, torch.optim.AdamW(model.parameters(), lr=1e-4), batch.inputs, batch.labels, batch.lengths)
 
-def probe_step(args, root, device) -> int:  # bytes
+def probe_step(args: dict[str, Any], root: str | None, device: str) -> int:  # bytes
     "Peak memory of a training step over what model and data take."
     batch = one_batch(args, root, device)
     step_on(args, batch.first(1))()  # what loads at first use
     return peak_of(step_on(args, batch), device)
 
 def measure_cost(
-    cells: dict,  # as from read_grid
+    cells: dict[str, dict[str, Any]],  # as from read_grid
     root: str | None = None,  # folder of data files
     cpu: bool = False,  # leave the GPU alone
     rounds: int = 7,  # steps of every model
-) -> dict:  # task -> label -> median, low and high seconds of a step, tokens per second, bytes of memory
+) -> dict[str, dict[str, dict[str, Any]]]:  # task -> label -> median, low and high seconds of a step, tokens per second, bytes of memory
     "Time of a training step, all models of a task in turn; memory of one in a process of its own."
     device, found = "cuda" if torch.cuda.is_available() and not cpu else "cpu", {}
     for task in dict.fromkeys(parts(name)[0] for name in cells):
@@ -138,17 +139,17 @@ def measure_cost(
                                       memory=apart("las_nb.compare:probe_step", mine[label], root, device))
     return found
 
-def parts(name: str) -> tuple:  # task, label, seed
+def parts(name: str) -> tuple[str, str, int]:  # task, label, seed
     "What the name of a cell says."
     task, label, seed = re.fullmatch(r"(?:.*/)?(\w+?)-(.+)-(\d+)", name).groups()
     return task, label, int(seed)
 
 # %% ../nbs/17_compare.ipynb #723532d4
 def paired_difference(
-    a: dict,  # seed -> score
-    b: dict,  # seed -> score
+    a: dict[int, float],  # seed -> score
+    b: dict[int, float],  # seed -> score
     level: float = .95,  # of confidence
-) -> tuple:  # mean of a - b over the seeds in common, low, high; bounds are infinite for a single seed
+) -> tuple[float, float, float]:  # mean of a - b over the seeds in common, low, high; bounds are infinite for a single seed
     "A paired difference with Student's confidence interval."
     d = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     if not d: raise ValueError("there is no seed in common")
@@ -159,10 +160,10 @@ def paired_difference(
 
 # %% ../nbs/17_compare.ipynb #b5f969c9
 def summarise(
-    records: dict,  # name of a cell -> its record, as far as they are finished
+    records: dict[str, dict[str, Any]],  # name of a cell -> its record, as far as they are finished
     task: str,
     reference: str = "las",  # label that the others are compared with
-) -> list[dict]:  # label, scores by seed, mean, standard error, difference with interval, parameters, tokens per second; best first
+) -> list[dict[str, Any]]:  # label, scores by seed, mean, standard error, difference with interval, parameters, tokens per second; best first
     "One row per layer."
     scores, params, speed = {}, {}, {}
     for name, r in records.items():
@@ -174,9 +175,9 @@ def summarise(
     return sorted(rows, key=lambda row: -row["mean"])
 
 def load_cells(
-    cells: dict,  # as from read_grid
+    cells: dict[str, dict[str, Any]],  # as from read_grid
     results: str | Path,  # folder of results files
-) -> dict:  # name of a cell -> its record, for those that are finished
+) -> dict[str, dict[str, Any]]:  # name of a cell -> its record, for those that are finished
     "The records of a grid."
     found = {}
     for name in cells:
@@ -188,8 +189,8 @@ def load_cells(
 
 # %% ../nbs/17_compare.ipynb #130b09bd
 def compare_table(
-    rows: list[dict],  # as from summarise
-    cost: dict,  # label -> as from measure_cost
+    rows: list[dict[str, Any]],  # as from summarise
+    cost: dict[str, dict[str, Any]],  # label -> as from measure_cost
     reference: str = "las",
 ) -> str:  # Markdown
     "Accuracy, difference and cost of every layer, as a Markdown table."
@@ -211,12 +212,12 @@ def family(label: str) -> str:
     return next((f for f, names in FAMILIES.items() if any(label == n or label.startswith(n + "-") for n in names)), "other")
 
 def plot_tradeoff(
-    rows: list[dict],  # as from summarise
-    cost: dict,  # label -> as from measure_cost
-    ax,  # matplotlib axes
+    rows: list[dict[str, Any]],  # as from summarise
+    cost: dict[str, dict[str, Any]],  # label -> as from measure_cost
+    ax: Any,  # matplotlib axes
     reference: str = "las",
-    floors: dict | None = None,  # name -> percent: what readers that do not read get
-):
+    floors: dict[str, float] | None = None,  # name -> percent: what readers that do not read get
+) -> None:
     "Accuracy against the time of a training step, a name and a line for every layer."
     kinds = [*FAMILIES, "other"]
     rows = [r for r in rows if r["label"] in cost]
@@ -241,10 +242,10 @@ def plot_tradeoff(
 
 # %% ../nbs/17_compare.ipynb #7759e1a2
 def plot_differences(
-    rows: list[dict],  # as from summarise
-    ax,  # matplotlib axes
+    rows: list[dict[str, Any]],  # as from summarise
+    ax: Any,  # matplotlib axes
     reference: str = "las",
-):
+) -> None:
     "Paired differences to the reference: a dot per seed, a bar for the confidence interval."
     rows = [r for r in rows if r["label"] != reference and r["difference"]][::-1]
     for i, r in enumerate(rows):
@@ -269,7 +270,7 @@ def compare_main(
     cpu: bool = False,  # leave the GPU alone
     compile: bool = False,  # torch.compile the models
     weights: bool = False,  # keep small weights of seed 0 beside the results
-):
+) -> None:
     "Train every layer of a grid on every task of it, and compare accuracy and cost."
     guarded(lambda: check_choice("action", action, ("run", "list", "show")), "")
     cells, table = guarded(lambda: (read_grid(grid), parse_toml(grid)), "")
@@ -290,7 +291,7 @@ def compare_main(
             if cost or not table.get("cost", True): replace_file(folder / f"{task}.png", draw(rows, cost.get(task), reference)); print(f"\nfigure {folder / task}.png")
     guarded(show, "go on with the same command")
 
-def draw(rows, cost, reference) -> bytes:  # a PNG
+def draw(rows: list[dict[str, Any]], cost: dict[str, dict[str, Any]] | None, reference: str) -> bytes:  # a PNG
     "Trade-off, where costs are known, and differences, side by side."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(14 if cost else 7, max(6, len(rows) / 5)), layout="constrained", facecolor="white")

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'Batch', 'DataError', 'data_root', 'cache_folder', 'mnist_fi
 import array, contextlib, gzip, hashlib, importlib, json, os, shutil, socket, tempfile, torch
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 from fastcore.script import call_parse
 from .digits import digits_data, refuse
 from .las import check_choice
@@ -23,11 +23,11 @@ class Batch(NamedTuple):
     lengths: torch.Tensor | None  # true lengths `(B,)`, or None where no sequence is padded
     labels: torch.Tensor  # `(B,)`, whole numbers
 
-    def rows(self, i) -> "Batch":
+    def rows(self, i: torch.Tensor | slice) -> "Batch":
         "The sequences `i`: an index tensor or a slice."
         return Batch(self.inputs[i], None if self.lengths is None else self.lengths[i], self.labels[i])
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         "The same on another device."
         return Batch(self.inputs.to(device), None if self.lengths is None else self.lengths.to(device), self.labels.to(device))
 
@@ -113,7 +113,7 @@ def hold_out(
 def mnist(
     root: Path,  # as from data_root
     permuted: bool = False,  # shuffle the pixels, by one permutation for all pictures?
-) -> dict:  # "train" 54,000, "valid" 6,000 and "test" 10,000 sequences `(784, 1)`
+) -> dict[str, Batch]:  # "train" 54,000, "valid" 6,000 and "test" 10,000 sequences `(784, 1)`
     "Sequential or permuted MNIST."
     def read(part):
         images, labels = (read_idx(mnist_file(f"{part}-{kind}-ubyte.gz", root)) for kind in ("images-idx3", "labels-idx1"))
@@ -124,7 +124,7 @@ def mnist(
     return dict(train=train, valid=valid, test=read("t10k"))
 
 # %% ../nbs/09_data.ipynb #fa992ca5
-def small_digits(root: Path | None = None) -> dict:  # needs no files
+def small_digits(root: Path | None = None) -> dict[str, Batch]:  # needs no files
     "The 8x8 digits of the last chapter: 1212, 135 and 450 sequences `(64, 1)`."
     d = digits_data()
     train, valid = hold_out(Batch(d["x_train"], None, d["y_train"]))
@@ -133,16 +133,16 @@ def small_digits(root: Path | None = None) -> dict:  # needs no files
 # %% ../nbs/09_data.ipynb #ca6a9d2d
 class Task(NamedTuple):
     "What a model must know of a task, and how its data are loaded."
-    load: Callable  # (root, limit=, sample=, seed=, and length= where one may choose) -> dict of splits; what can be generated and is missing is generated
+    load: Callable[..., dict[str, Any]]  # (root, limit=, sample=, seed=, and length= where one may choose) -> dict of splits; what can be generated and is missing is generated
     n_classes: int
     in_features: int | None = None  # values per position, or None
     vocab: int | None = None  # number of tokens, or None
     pairs: bool = False  # two sequences per label?
     max_len: int = 1024  # longest sequence
     any_length: bool = False  # may one choose how long sequences are? Then max_len is what they are otherwise
-    make: Callable | None = None  # (root, size=, seed=, jobs=, sample=): write the data's files; None where there is nothing to make
-    readers: dict = {}  # name -> (split -> one whole number per sequence): what a trivial reader looks at
-    presets: dict = {}  # name -> settings of the next chapter's Recipe
+    make: Callable[..., tuple[Path, str]] | None = None  # (root, size=, seed=, jobs=, sample=): write the data's files; None where there is nothing to make
+    readers: dict[str, Callable[..., torch.Tensor]] = {}  # name -> (split -> one whole number per sequence): what a trivial reader looks at
+    presets: dict[str, dict[str, Any]] = {}  # name -> settings of the next chapter's Recipe
 
 TASKS = {"digits": Task(lambda root, **_: small_digits(), 10, in_features=1, max_len=64),
          "smnist": Task(lambda root, **_: mnist(root), 10, in_features=1, max_len=784),
@@ -163,7 +163,7 @@ def load_task(
     sample: bool = False,  # the small set that `las_data --sample` makes, in place of the real one
     seed: int = 0,  # of data that are generated
     length: int | None = None,  # steps per sequence, in tasks that let one choose
-) -> dict:  # "train", "valid", "test": Batch or Sequences
+) -> "dict[str, Batch | Sequences]":  # "train", "valid", "test"
     """The three splits of a task, on the device that trains.
 
     Raises `ValueError` for an unknown name and `DataError` when files are missing or damaged."""
@@ -176,7 +176,7 @@ def load_task(
 
 # %% ../nbs/09_data.ipynb #55e152ab
 def batches(
-    split: Batch,  # to cut up
+    split: "Batch | Sequences",  # to cut up
     size: int,  # sequences per batch, over all processes
     order: torch.Tensor | None = None,  # in which order `(N,)`; by default as they lie
     start: int = 0,  # first batch
@@ -204,14 +204,14 @@ class Sequences:
     starts: torch.Tensor  # int64 `(n * towers + 1,)`, on the CPU: where each begins, and the end
     labels: torch.Tensor  # `(n,)`, whole numbers
     towers: int = 1  # sequences per label: 2 for pairs
-    scale: tuple | None = None  # mean and deviation (on a scale from 0 to 1) of bytes that are grey values; None: they are tokens
+    scale: tuple[float, float] | None = None  # mean and deviation (on a scale from 0 to 1) of bytes that are grey values; None: they are tokens
     source: str = ""  # where the data come from: official files, generated, or a sample
 
     def lengths(self) -> torch.Tensor:  # `(n, towers)`, on the CPU
         "True lengths."
         return self.starts.diff().view(-1, self.towers)
 
-    def rows(self, i) -> Batch:
+    def rows(self, i: torch.Tensor | slice) -> Batch:
         "The sequences `i` (an index tensor or a slice), padded to the longest of them, rounded up to a multiple of 64."
         i = torch.arange(len(self.labels))[i.cpu() if isinstance(i, torch.Tensor) else i]
         at = (i[:, None] * self.towers + torch.arange(self.towers)).flatten()  # (b * towers,)
@@ -233,7 +233,7 @@ class Sequences:
         starts = self.starts[:n * self.towers + 1]
         return replace(self, values=self.values[:starts[-1]], starts=starts, labels=self.labels[:n])
 
-    def to(self, device) -> "Sequences":
+    def to(self, device: torch.device | str) -> "Sequences":
         "The same with values and labels on another device."
         return replace(self, values=self.values.to(device), labels=self.labels.to(device))
 
@@ -260,9 +260,9 @@ def reading_order(
 # %% ../nbs/09_data.ipynb #92d7dc23
 def encoded(
     files: list[Path],  # what is encoded: when one of them changes, it is encoded anew
-    parts: Callable[[], Iterator[tuple]],  # gives (part, label, bytes) or (part, label, bytes, bytes), one sequence or pair at a time
+    parts: Callable[[], Iterator[tuple[Any, ...]]],  # gives (part, label, bytes) or (part, label, bytes, bytes), one sequence or pair at a time
     source: str,  # where the data come from, for the record
-    scale: tuple | None = None,  # see Sequences
+    scale: tuple[float, float] | None = None,  # see Sequences
 ) -> dict[str, Sequences]:  # part -> its sequences, mapped from files in the cache
     "Read data through the cache; raises `DataError` when a source cannot be read or the cache not be written, and what `parts` raises."
     from filelock import FileLock
@@ -290,9 +290,9 @@ def encoded(
 # %% ../nbs/09_data.ipynb #2db5be41
 def write_encoded(
     folder: Path,  # to be made, or replaced
-    parts: Callable,  # see encoded
-    facts: dict,  # to be kept with it
-):
+    parts: Callable[[], Iterator[tuple[Any, ...]]],  # see encoded
+    facts: dict[str, Any],  # to be kept with it
+) -> None:
     "Write sequences aside as they come, then put the folder in its place; raises `DataError` when a split has none."
     aside, out, starts, labels, towers = folder.with_suffix(".aside"), {}, {}, {}, 1
     shutil.rmtree(aside, ignore_errors=True); aside.mkdir()  # what was left by a process that was killed
@@ -313,7 +313,7 @@ def write_encoded(
 def trivial(
     train: Batch | Sequences,
     test: Batch | Sequences,
-    reader: Callable | None = None,  # split -> one whole number per sequence `(n,)`, all that is looked at; None: nothing is
+    reader: Callable[..., torch.Tensor] | None = None,  # split -> one whole number per sequence `(n,)`, all that is looked at; None: nothing is
 ) -> float:  # percent
     "Accuracy of answering, for what is looked at, the label most frequent with it in training."
     def looked(split): return torch.zeros(len(split.labels), dtype=torch.long) if reader is None else reader(split)
@@ -326,7 +326,7 @@ def trivial(
 def describe(
     name: str,  # a key of every_task()
     root: str | Path | None = None,  # where files lie; see data_root
-    **options,  # of load_task: limit, sample, seed
+    **options: Any,  # of load_task: limit, sample, seed
 ) -> str:  # Markdown
     "Sizes, shapes and class shares of a task's splits, and a checksum of inputs and labels that another machine should find too."
     rows = ["| split | sequences | shape or length | classes | rarest to most frequent | checksum |", "|---|---:|---|---:|---|---|"]
@@ -350,7 +350,7 @@ def data_main(
     seed: int = 0,  # of what is generated
     jobs: int = None,  # processes that generate; by default one per core
     sample: bool = False,  # a small set in the official format, to try things with
-):
+) -> None:
     "Get, or generate, and check the data of a task, and say what they are."
     try:
         check_choice("task", task, tuple(every_task()))

@@ -11,6 +11,7 @@ import contextlib, functools, importlib.util, io, json, math, multiprocessing, o
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any, Iterator, NoReturn
 import torch, torch.nn.functional as F
 import las_nb
 from fastcore.script import call_parse
@@ -18,7 +19,7 @@ from .las import check_choice
 from .model import LaSTransformer, count_parameters, replace_file
 
 # %% ../nbs/08_digits.ipynb #37bc2a34
-def digits_data() -> dict:  # `x_train` (1347, 64, 1), `y_train` (1347,), `x_test` (450, 64, 1), `y_test` (450,)
+def digits_data() -> dict[str, torch.Tensor]:  # `x_train` (1347, 64, 1), `y_train` (1347,), `x_test` (450, 64, 1), `y_test` (450,)
     "Scikit-learn's 8x8 digits as sequences of 64 grey values, standardised; a fixed, stratified split."
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -45,13 +46,13 @@ def accuracy(
 # %% ../nbs/08_digits.ipynb #f38d6bb0
 def fit(
     model: torch.nn.Module,  # trained in place
-    data: dict,  # as from digits_data
+    data: dict[str, torch.Tensor],  # as from digits_data
     epochs: int = 30,  # passes over the training set
     lr: float = 4e-3,  # highest learning rate, reached after a tenth of the steps
     batch_size: int = 32,  # sequences per step
     seed: int = 0,  # order of the batches
-    bar=None,  # progress bar with `update` and `set_postfix`; by default one is drawn
-) -> dict:  # lists `loss` (mean over the epoch) and `test` (accuracy, percent), one entry per epoch
+    bar: Any = None,  # progress bar with `update` and `set_postfix`; by default one is drawn
+) -> dict[str, list[float]]:  # lists `loss` (mean over the epoch) and `test` (accuracy, percent), one entry per epoch
     "AdamW, one-cycle schedule, clipping, cross-entropy: the loop of the digits chapter."
     steps = epochs * math.ceil(len(data["x_train"]) / batch_size)
     own = bar is None
@@ -94,20 +95,25 @@ def make_model(
 # %% ../nbs/08_digits.ipynb #55427e36
 class RemoteBar:
     "A progress bar that is drawn elsewhere: sends `(key, batches, postfix)` through a queue."
-    def __init__(self, queue, key): self.queue, self.key = queue, key
-    def update(self, n): self.queue.put((self.key, n, None))
-    def set_postfix(self, **values): self.queue.put((self.key, 0, values))
+    queue: Any; key: tuple[str, int]
+    def __init__(self, queue: Any, key: tuple[str, int]): self.queue, self.key = queue, key
+    def update(self, n: int) -> None:
+        "`n` batches more are done."
+        self.queue.put((self.key, n, None))
+    def set_postfix(self, **values: str) -> None:
+        "What stands behind the bar."
+        self.queue.put((self.key, 0, values))
 
 # %% ../nbs/08_digits.ipynb #eb1510b4
 @contextlib.contextmanager
-def deaf_children():
+def deaf_children() -> Iterator[None]:
     "Processes that are started meanwhile ignore Ctrl-C: it is for this one, which ends them."
     main = threading.current_thread() is threading.main_thread()  # others may not say what a signal does
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try: yield
     finally: main and signal.signal(signal.SIGINT, before)
 
-def run(name, seed, epochs, out, bar=None):
+def run(name: str, seed: int, epochs: int, out: str | Path, bar: Any = None) -> dict[str, Any]:
     "Train one of `MODELS`, keep its weights in the folder `out`, and return its record for the results file."
     data, model = digits_data(), make_model(name, seed)
     start = time.perf_counter()
@@ -124,11 +130,11 @@ def run(name, seed, epochs, out, bar=None):
 # %% ../nbs/08_digits.ipynb #f6bab98f
 def compare(
     epochs: int = 30,  # passes over the training set
-    seeds: tuple = (0,),  # one run of each model per seed
+    seeds: tuple[int, ...] = (0,),  # one run of each model per seed
     jobs: int = 2,  # processes that train at once
     out: str | Path = "runs/digits",  # folder for weights
     progress: bool = True,  # draw progress bars?
-) -> list[dict]:  # one record per run
+) -> list[dict[str, Any]]:  # one record per run
     """Train the four models of `MODELS`, `jobs` at a time, with a progress bar each.
 
     Workers start by importing the calling script again: there, call it under `if __name__ == "__main__":`."""
@@ -169,8 +175,8 @@ def commit_id() -> str:  # short hash, with "-dirty" when files differ from it; 
 
 # %% ../nbs/08_digits.ipynb #cfeb1183
 def groups(
-    runs: list[dict],  # records with `model` and `positions`
-) -> dict:  # "plain", "plain + positions", "LaS", "LaS + positions" -> records, as far as there are any
+    runs: list[dict[str, Any]],  # records with `model` and `positions`
+) -> dict[str, list[dict[str, Any]]]:  # "plain", "plain + positions", "LaS", "LaS + positions" -> records, as far as there are any
     "Records by model and positions, plain attention first."
     found = {}
     for r in sorted(runs, key=lambda r: (r["model"] != "plain", r["model"], r["positions"] or "", r["seed"])):
@@ -189,7 +195,7 @@ def mean_range(
 
 # %% ../nbs/08_digits.ipynb #26079df4
 def table(
-    runs: list[dict],  # records as from compare
+    runs: list[dict[str, Any]],  # records as from compare
 ) -> str:  # Markdown
     "Model, parameters, test accuracy (mean and range over seeds) and seconds, as a Markdown table."
     rows = ["| model | parameters | test accuracy (%) | seconds |", "|---|---:|---:|---:|"]
@@ -199,10 +205,10 @@ def table(
 
 # %% ../nbs/08_digits.ipynb #c9ac03b2
 def plot_curves(
-    runs: list[dict],  # records as from compare
-    ax,  # matplotlib axes
+    runs: list[dict[str, Any]],  # records as from compare
+    ax: Any,  # matplotlib axes
     score: str = "test",  # which curve of the records: "test", "valid", "loss"
-):
+) -> None:
     "A score by epoch: mean over seeds, band from worst to best."
     kinds = list(dict.fromkeys(name.split(" + ")[0] for name in groups(runs)))
     for name, group in groups(runs).items():
@@ -218,11 +224,11 @@ def plot_curves(
 # %% ../nbs/08_digits.ipynb #6b789bad
 @torch.no_grad()
 def plot_maps(
-    models: dict,  # name -> LaSTransformer
+    models: dict[str, LaSTransformer],  # name -> LaSTransformer
     x: torch.Tensor,  # one square picture `(L, 1)`
-    axs,  # matplotlib axes, `(len(models), heads + 1)`
+    axs: Any,  # matplotlib axes, `(len(models), heads + 1)`
     layer: int = 0,  # which block
-):
+) -> None:
     "The digit, and the attention matrices of one block of every model on it."
     side = math.isqrt(len(x))
     for row, (name, model) in zip(axs, models.items()):
@@ -233,7 +239,7 @@ def plot_maps(
         row[1].set_ylabel("query")
 
 # %% ../nbs/08_digits.ipynb #8100798f
-def plot_summary(runs, models, path):
+def plot_summary(runs: list[dict[str, Any]], models: dict[str, LaSTransformer], path: Path) -> None:
     "Learning curves, and the attention maps of `models` on the first test digit, as one PNG."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(13, 5.5), layout="constrained", facecolor="white")
@@ -244,7 +250,7 @@ def plot_summary(runs, models, path):
     replace_file(path, image.getvalue())
 
 # %% ../nbs/08_digits.ipynb #bf1ee79a
-def refuse(message):
+def refuse(message: object) -> NoReturn:
     "End a command with one clear line and exit code 2."
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr); raise SystemExit(2)
 
@@ -254,7 +260,7 @@ def main(
     seeds: str = "0",  # seeds, separated by commas
     jobs: int = 2,  # processes that train at once
     out: str = "runs/digits",  # folder for results, figure and weights
-):
+) -> None:
     "Train plain attention and LaS on 8x8 digits, each with and without positions, and compare them."
     try: numbers = tuple(dict.fromkeys(int(s) for s in seeds.split(",")))
     except ValueError: refuse(f"--seeds takes whole numbers separated by commas, such as 0,1,2; got {seeds!r}")

@@ -12,7 +12,7 @@ __all__ = ['LIMIT', 'aten', 'TOL', 'METHODS', 'COSTS', 'safe_limit', 'rescale', 
 
 # %% ../nbs/06_fast.ipynb #fb6abb2f
 import functools, math, torch, torch.nn.functional as F
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 from .attention import check_qkv
 from .las import POOLS, check_choice, las_dense
 from .locality import check_rates
@@ -51,10 +51,12 @@ def decayed_sdpa(
     return F.scaled_dot_product_attention(rescale(q, rates, -steps), rescale(k, rates, steps), v, is_causal=True)
 
 # %% ../nbs/06_fast.ipynb #10031c6e
-def windows(x, K, b): return x.unfold(2, K, b).transpose(-2, -1)  # (B, H, L, D) -> (B, H, n, K, D), overlapping views
+def windows(x: torch.Tensor, K: int, b: int) -> torch.Tensor:
+    "Overlapping views of `K` positions, one every `b`: `(B, H, L, D)` to `(B, H, n, K, D)`."
+    return x.unfold(2, K, b).transpose(-2, -1)
 
 # %% ../nbs/06_fast.ipynb #5eb72854
-def overlap_add(x, b):
+def overlap_add(x: torch.Tensor, b: int) -> torch.Tensor:
     "The transpose of `windows`: every key collects from all windows that hold it."
     n, m = x.shape[2], x.shape[3] // b
     out = x.new_zeros(*x.shape[:2], n + m - 1, b, x.shape[-1])
@@ -62,7 +64,7 @@ def overlap_add(x, b):
     return out.flatten(2, 3)  # (B, H, n + m - 1, b, D) -> (B, H, L, D)
 
 # %% ../nbs/06_fast.ipynb #746abe1e
-def tiles(q, k, v, rates, b):
+def tiles(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: torch.Tensor, b: int) -> tuple[torch.Tensor, ...]:
     "Blocks of `b` queries with their windows of keys and values, rescaled about the middle of each block; and the two factors."
     K = k.shape[2] - q.shape[2] + b
     steps = torch.arange(K, dtype=torch.float64, device=q.device) - K + b / 2
@@ -72,23 +74,23 @@ def tiles(q, k, v, rates, b):
     return *(t.flatten(0, 1) for t in (q, (windows(k, K, b) * f).to(k.dtype), windows(v, K, b))), qf, f
 
 # %% ../nbs/06_fast.ipynb #44241356
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 # %% ../nbs/06_fast.ipynb #27e3c787
-def lower_right(b, K, dtype=torch.float32, device=None):
+def lower_right(b: int, K: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> torch.Tensor:
     "Additive mask `(b, K)`: the last query sees all keys, the one before it one key fewer, and so on."
     hidden = torch.ones(b, K, dtype=torch.bool, device=device).triu(K - b + 1)
     return F.pad(torch.zeros(b, K, dtype=dtype, device=device).masked_fill(hidden, -math.inf), (0, -K % 8))[:, :K]  # rows start where GPUs like it
 
 # %% ../nbs/06_fast.ipynb #90d066db
-def kernel_for(x):
+def kernel_for(x: torch.Tensor) -> str | None:
     "Which of torch's fused kernels takes `x`; `None` = plain matrix products."
     if x.device.type == "cpu": return "cpu"
     if x.device.type != "cuda" or x.dtype == torch.float64 or x.shape[-1] > 248 or x.shape[-1] % 8: return None
     return "flash" if x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0) else "efficient"
 
 # %% ../nbs/06_fast.ipynb #fc91b6f0
-def flash(q, k, v, scale):
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, Any]:
     "Attention of `b` queries `(N, n, b, D)` to `K` keys `(N, n, K, D)`, masked by `lower_right`: output, log of the denominators, what the backward needs."
     b, K, kind = q.shape[-2], k.shape[-2], kernel_for(q)
     if kind == "cpu":
@@ -106,7 +108,16 @@ def flash(q, k, v, scale):
     return (s - lse[..., None]).exp().to(v.dtype) @ v, lse, ()
 
 # %% ../nbs/06_fast.ipynb #3475620d
-def flash_backward(g, q, k, v, o, lse, rest, scale):
+def flash_backward(
+    g: torch.Tensor,  # gradient of `o`
+    q: torch.Tensor,  # queries `(N, n, b, D)`
+    k: torch.Tensor,  # keys `(N, n, K, D)`
+    v: torch.Tensor,  # values `(N, n, K, D)`
+    o: torch.Tensor,  # output `(N, n, b, D)`
+    lse: torch.Tensor,  # log of the denominators `(N, n, b)`
+    rest: Any,  # what else flash gave
+    scale: float,  # factor of the scores, as in flash
+) -> tuple[torch.Tensor, ...]:
     "Gradients of queries, keys and values, from the gradient `g` of the output."
     b, K, kind = q.shape[-2], k.shape[-2], kernel_for(q)
     if kind == "cpu": return aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, lse, 0., b == K, attn_mask=rest[0], scale=scale)
@@ -129,7 +140,7 @@ def far_error(
     return 2 * eps / (1 - eps) if eps < 1 and (order == 0 or delta < .5) else math.inf
 
 # %% ../nbs/06_fast.ipynb #8e0eac73
-def far_delta(tol, order=0):
+def far_delta(tol: float, order: int = 0) -> float:
     "The largest decayed score that may count as far: `far_error` solved for `delta`."
     eps = tol / (2 + tol)
     if order == 0: return math.log1p(eps)
@@ -145,7 +156,7 @@ class Band(NamedTuple):
     zone: int = 0
 
 # %% ../nbs/06_fast.ipynb #dad2a54f
-def far_field(q, k, v, rates, band):
+def far_field(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: torch.Tensor, band: Band) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean `(B, H, n, 1 or b, D)` and log weight of the keys before each window, for the `n` blocks of queries `q` `(B, H, n * b, D)`."
     b, reach, zone = band
     n, wide = q.shape[2] // b, torch.promote_types(q.dtype, torch.float32)
@@ -168,7 +179,17 @@ def far_field(q, k, v, rates, band):
 class DecayedWindows(torch.autograd.Function):
     "Blocks of queries attend to their windows of keys, and to a far part given by its mean and its log weight."
     @staticmethod
-    def forward(ctx, q, k, v, rates, b, far_o, far_lse):
+    def forward(
+        ctx: Any,  # torch's, for the backward
+        q: torch.Tensor,  # queries `(B, H, n * b, D)`
+        k: torch.Tensor,  # keys of all windows `(B, H, n * b + reach, D)`
+        v: torch.Tensor,  # their values
+        rates: torch.Tensor,  # decay rate per head `(H,)`
+        b: int,  # queries per block
+        far_o: torch.Tensor | None,  # mean of the far values `(B, H, n, 1 or b, D)`
+        far_lse: torch.Tensor | None,  # their log weight `(B, H, n, 1 or b)`
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        "Output `(B, H, n * b, D)` and log of the denominators `(B, H, n * b)`."
         ctx.set_materialize_grads(False)
         N, scale = q.shape[:2], q.shape[-1] ** -.5
         *x, _, _ = tiles(q, k, v, rates, b)
@@ -183,7 +204,8 @@ class DecayedWindows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g, g_lse):
+    def backward(ctx: Any, g: torch.Tensor | None, g_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        "Gradients of the arguments of forward, from those of its two results; None for rates and `b`."
         q, k, v, rates, far_o, far_lse, o, lse = ctx.saved_tensors
         N, D, b = q.shape[:2], q.shape[-1], ctx.b
         g = torch.zeros_like(o) if g is None else g.unflatten(2, (-1, b)).contiguous()
@@ -202,7 +224,7 @@ class DecayedWindows(torch.autograd.Function):
         return gq, gk, gv, None, None, (g * w[..., None]).sum_to_size(far_o.shape), g_far_lse.sum_to_size(far_lse.shape)
 
 # %% ../nbs/06_fast.ipynb #f72471a2
-def one_sided(q, k, v, rates, band=None):
+def one_sided(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: torch.Tensor, band: Band | None = None) -> Sequence[torch.Tensor]:
     "Causal attention with decayed scores, with or without a far field: output `(B, H, L, D)`, log of the denominators `(B, H, L)`."
     L = q.shape[2]
     if band is None: return DecayedWindows.apply(q, k, v, rates, L, None, None)
@@ -225,12 +247,12 @@ def score_bounds(
     return q * k / root
 
 # %% ../nbs/06_fast.ipynb #09b07ca4
-def near_keys(rate, bound, tol, order=0):
+def near_keys(rate: float, bound: float, tol: float, order: int = 0) -> int:
     "How many keys before its own a query must take as near."
     return max(0, math.ceil(math.log(max(bound / far_delta(tol, order), 1)) / rate) - 1)
 
 # %% ../nbs/06_fast.ipynb #4497b622
-def serves(band, rate, bound, tol, dtype):
+def serves(band: Band, rate: float, bound: float, tol: float, dtype: torch.dtype) -> bool:
     "Is a band that was made for another head wide enough for this one, and its exponents small enough?"
     cap = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)
     return (near_keys(rate, bound, tol, 1 if band.zone else 0) <= band.reach and near_keys(rate, bound, tol) <= band.reach + band.zone * band.block
@@ -257,21 +279,21 @@ def fit_band(
     return Band(b, reach, max(0, -(-(near_keys(rate, bound, tol) - reach) // b)) if order else 0)
 
 # %% ../nbs/06_fast.ipynb #7aef0e84
-def merge(parts):
+def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     "Softmax over several sets of keys from the softmax over each: outputs weighted by their denominators."
     o, lse = (torch.stack(p) for p in zip(*parts))
     w = lse.softmax(0)  # (parts, B, H, L)
     return (w[..., None] * o).sum(0).to(o.dtype)
 
 # %% ../nbs/06_fast.ipynb #94f9ae36
-def shift(x, t, dim=-1):
+def shift(x: torch.Tensor, t: int, dim: int = -1) -> torch.Tensor:
     "`x` read `t` places later along `dim`, with zeros from outside."
     L = x.shape[dim]
     t = max(-L, min(L, t))
     return F.pad(x, (*[0, 0] * (-1 - dim), -t, t))
 
 # %% ../nbs/06_fast.ipynb #4649c3dd
-def flip_real(x, lengths=None):
+def flip_real(x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
     "Every sequence of `x` `(B, H, L, D)` backwards; padding stays at the end."
     if lengths is None: return x.flip(2)
     i, n = torch.arange(x.shape[2], device=x.device), lengths.to(x.device)[:, None]
@@ -279,7 +301,7 @@ def flip_real(x, lengths=None):
     return x.gather(2, at[:, None, :, None].expand_as(x))
 
 # %% ../nbs/06_fast.ipynb #ee2ad452
-def diagonal_scores(q, k, rates, past, future, lengths=None):
+def diagonal_scores(q: torch.Tensor, k: torch.Tensor, rates: torch.Tensor, past: int, future: int, lengths: torch.Tensor | None = None) -> torch.Tensor:
     "Smoothed scores of the keys whose windows reach to both sides of the query, `(T, B, H, L)`: key `i + t` for `t` from `1 - future` to `past - 1`."
     wide = torch.promote_types(q.dtype, torch.float32)
     alpha, real = rates.to(q.device, torch.float64)[:, None], real_keys(q[..., 0], lengths)  # (H, 1); (L,) or (B, 1, L)
@@ -293,7 +315,15 @@ def diagonal_scores(q, k, rates, past, future, lengths=None):
     return torch.stack(rows)
 
 # %% ../nbs/06_fast.ipynb #4d83fed0
-def between(q, k, v, rates, past, future, lengths=None):
+def between(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    past: int,  # keys before, in the window of a key
+    future: int,  # keys after
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)` of right-padded sequences
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Attention to the keys of `diagonal_scores`: output `(B, H, L, D)`, log of the denominators `(B, H, L)`."
     s = diagonal_scores(q, k, rates, past, future, lengths)  # (T, B, H, L)
     lse = s.logsumexp(0)
@@ -301,7 +331,15 @@ def between(q, k, v, rates, past, future, lengths=None):
     return sum(w_t[..., None] * shift(v.to(w.dtype), t, -2) for w_t, t in zip(w, range(1 - future, past))).to(q.dtype), lse
 
 # %% ../nbs/06_fast.ipynb #233afa01
-def two_sided(q, k, v, rates, window, band=None, lengths=None):
+def two_sided(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    window: int,  # pooling window W
+    band: Band | None = None,  # how keys are cut into near and far ones; None = all are near
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)` of right-padded sequences
+) -> torch.Tensor:  # `(B, H, L, D)`
     "Bidirectional attention with decayed, smoothed scores: what lies before, what lies after, and the few keys between."
     past, future = window_sides(window, False)
     gap = {True: future, False: max(past, 1 - future)}  # keys at least so far before, and after
@@ -319,13 +357,21 @@ def two_sided(q, k, v, rates, window, band=None, lengths=None):
 
 # %% ../nbs/06_fast.ipynb #8c7adcba
 @functools.cache
-def compiled_flex():
+def compiled_flex() -> Callable[..., torch.Tensor]:
     "FlexAttention, compiled at first use."
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention)
 
 # %% ../nbs/06_fast.ipynb #0804cb1e
-def flex_attend(q, k, v, rates, window=1, causal=True, lengths=None):
+def flex_attend(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    window: int = 1,  # pooling window W
+    causal: bool = True,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)` of right-padded sequences
+) -> torch.Tensor:  # `(B, H, L, D)`
     "Attention with decayed, smoothed scores in one FlexAttention kernel. Causal: `k` comes smoothed, and `window` is 1."
     from torch.nn.attention.flex_attention import create_block_mask
     if q.dtype == torch.float64: raise ValueError("method 'flex' takes float32 and half precision; use 'linear' or 'dense' for float64")
@@ -360,18 +406,18 @@ COSTS = {"cpu": (1.3, 150, 4e5), "cuda": (1.1, 900, 2e8), "linear": (1, 0, 0)}  
 class Group(NamedTuple):
     "Heads that are computed together, and how."
     method: str
-    heads: tuple
+    heads: tuple[int, ...]
     band: Band | None = None
 
 # %% ../nbs/06_fast.ipynb #3b479c1d
-def cost(group, L, batch=1, costs=(1, 0, 0)):
+def cost(group: Group, L: int, batch: int = 1, costs: tuple[float, float, float] = (1, 0, 0)) -> float:
     "Estimate of the work of a group, in keys that torch's attention would visit in the same time."
     band, (key, position, call) = group.band, costs
     keys = L / 2 if band is None else key * (band.block + band.reach) + position + (100 if band.zone else 0)
     return batch * len(group.heads) * L * keys + (call if band else 0)
 
 # %% ../nbs/06_fast.ipynb #d3c5e9f1
-def join_groups(groups, fits, price):
+def join_groups(groups: list[Group], fits: Callable[[Band, int], bool], price: Callable[[Group], float]) -> list[Group]:
     "Heads of one method together; a head joins the band of the one before it, where that `fits` and a call of its own has a higher `price`."
     joined = []
     for method in ("sdpa", "dense"):
@@ -384,18 +430,18 @@ def join_groups(groups, fits, price):
     return joined
 
 # %% ../nbs/06_fast.ipynb #a21774b6
-def is_small(B, H, L, D):
+def is_small(B: int, H: int, L: int, D: int) -> bool:
     "Is writing the matrix down the fastest way?"
     return L <= 32 or 2 * L <= 3 * D or B * H * L <= 512
 
 # %% ../nbs/06_fast.ipynb #698cb41a
 def plan(
-    rates: tuple,  # decay rate of every head, per step
+    rates: tuple[float, ...],  # decay rate of every head, per step
     L: int,  # sequence length
     dtype: torch.dtype = torch.float32,  # of queries, keys and values
     method: str = "auto",  # see las_attention
     tol: float | None = None,  # error allowed, relative to the largest value; None = `TOL`
-    bounds: tuple | None = None,  # S of every head: no score is larger, in absolute value; None = 1
+    bounds: tuple[float, ...] | None = None,  # S of every head: no score is larger, in absolute value; None = 1
     device: str = "cpu",  # type of the device
     batch: int = 1,  # B
     width: int = 32,  # D
@@ -417,10 +463,19 @@ def plan(
     return join_groups(best, lambda band, h: serves(band, rates[h], bounds[h], tol, dtype), price)
 
 # %% ../nbs/06_fast.ipynb #dadf7527
-def round_up(bound): return 4. ** math.ceil(math.log(max(bound, 1), 4)) if math.isfinite(bound) else 1.  # so that a plan does not change with every batch
+def round_up(bound: float) -> float:
+    "The next power of four, so that a plan does not change with every batch; 1 where there is no bound."
+    return 4. ** math.ceil(math.log(max(bound, 1), 4)) if math.isfinite(bound) else 1.
 
 # %% ../nbs/06_fast.ipynb #0d91afe6
-def plan_call(q, k, rates, method, tol, score_bound):
+def plan_call(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    rates: tuple[float, ...],  # decay rate of every head
+    method: str,  # see las_attention
+    tol: float | None,  # error allowed; None = `TOL`
+    score_bound: float | tuple[float, ...] | None,  # see las_attention
+) -> tuple[list[Group], torch.Tensor | None]:  # the plan; a boolean, only while compiling
     "The plan of a call, and whether scores keep to `score_bound`; without one, they are measured where the plan depends on them."
     make = functools.partial(plan, rates, q.shape[2], q.dtype, method, tol, device=q.device.type, batch=q.shape[0], width=q.shape[3])
     if score_bound is None:
@@ -439,14 +494,24 @@ def plan_call(q, k, rates, method, tol, score_bound):
     return groups, None
 
 # %% ../nbs/06_fast.ipynb #f91dfb14
-def plain_sdpa(q, k, v, window, causal, lengths):
+def plain_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, causal: bool, lengths: torch.Tensor | None) -> torch.Tensor:
     "Heads without decay: torch's attention, on averaged keys."
     if not causal: k = smooth_values(k, window, causal, lengths)  # one filter for both sides, where nothing decays
     mask = None if causal or lengths is None else key_mask(lengths, *k.shape[:3:2], k.device)[:, None, None]  # (B, 1, 1, L)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 # %% ../nbs/06_fast.ipynb #12c592df
-def attend(group, q, k, v, rates, window, causal, lengths, decays=True):
+def attend(
+    group: Group,
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    window: int,  # pooling window W
+    causal: bool,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+    decays: bool = True,  # is any rate above 0?
+) -> torch.Tensor:  # `(B, H, L, D)`
     "The heads of one group; causal keys come smoothed, and `window` is 1."
     if group.method == "dense": return las_dense(q, k, v, rates, window, "scores", causal, lengths)
     if group.method == "flex": return flex_attend(q, k, v, rates, window, causal, lengths)
@@ -458,17 +523,30 @@ def attend(group, q, k, v, rates, window, causal, lengths, decays=True):
     return o.to(dtype)
 
 # %% ../nbs/06_fast.ipynb #87b5e993
-def fold_chunks(x, chunk):
+def fold_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
     "Blocks of `chunk` positions as sequences of their own: `(B, H, L, D)` to `(B * n, H, chunk, D)`; the last one is padded."
     return F.pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1)
 
 # %% ../nbs/06_fast.ipynb #19b633e8
-def unfold_chunks(x, B, L):
+def unfold_chunks(x: torch.Tensor, B: int, L: int) -> torch.Tensor:
     "The inverse of `fold_chunks`."
     return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :L]
 
 # %% ../nbs/06_fast.ipynb #bc9c02b1
-def las_fast(q, k, v, rates, speeds, window, pool, causal, lengths, method, tol, score_bound):
+def las_fast(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    speeds: tuple[float, ...],  # the rates as numbers
+    window: int,  # pooling window W
+    pool: str,  # average "scores" or "weights"
+    causal: bool,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+    method: str,  # see las_attention
+    tol: float | None,  # error allowed; None = `TOL`
+    score_bound: float | tuple[float, ...] | None,  # see las_attention
+) -> torch.Tensor:  # `(B, H, L, D)`
     "Smooth keys or values, plan, and let every group of heads go its way; padding comes cleared."
     H, D, Dv = q.shape[1], q.shape[3], v.shape[3]
     if D != Dv:  # the kernels want one width
@@ -486,7 +564,7 @@ def las_fast(q, k, v, rates, speeds, window, pool, causal, lengths, method, tol,
     return o[..., :Dv]
 
 # %% ../nbs/06_fast.ipynb #6e55808d
-def check_limits(tol, score_bound, chunk, n_heads):
+def check_limits(tol: float | None, score_bound: float | tuple[float, ...] | None, chunk: int | None, n_heads: int) -> None:
     "Raise `ValueError` for a tolerance, bound or block length that is not allowed."
     if tol is not None and not 0 <= tol < 1: raise ValueError(f"tol must lie between 0 and 1; got {tol!r}")
     bounds = score_bound if isinstance(score_bound, (tuple, list)) else (1. if score_bound is None else score_bound,) * n_heads
@@ -495,7 +573,14 @@ def check_limits(tol, score_bound, chunk, n_heads):
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1): raise ValueError(f"chunk must be a whole number >= 1; got {chunk!r}")
 
 # %% ../nbs/06_fast.ipynb #86fa4cbf
-def check_call(q, rates, method, tol, score_bound, chunk):
+def check_call(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    rates: torch.Tensor | tuple[float, ...],  # decay rate per head
+    method: str,  # one of `METHODS`
+    tol: float | None,  # error allowed
+    score_bound: float | tuple[float, ...] | None,  # largest score
+    chunk: int | None,  # block length
+) -> None:
     "Raise `ValueError` for arguments of `las_attention` that are not allowed and that `las_dense` does not know."
     if q.ndim != 4: raise ValueError(f"q, k and v must have shape (B, H, L, D); got q {tuple(q.shape)}")
     check_choice("method", method, METHODS); check_limits(tol, score_bound, chunk, q.shape[1])
@@ -508,14 +593,14 @@ def las_attention(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
-    rates: torch.Tensor | tuple,  # decay rate per head `(H,)`, per step; see decay_rates
+    rates: torch.Tensor | tuple[float, ...],  # decay rate per head `(H,)`, per step; see decay_rates
     window: int = 3,  # pooling window W; 1 = no smoothing
     pool: str = "scores",  # average "scores" (before the softmax) or "weights" (after it)
     causal: bool = True,  # may query `i` see keys `j <= i` only?
     lengths: torch.Tensor | None = None,  # true lengths `(B,)` of right-padded sequences
     method: str = "auto",  # "dense", "sdpa", "flex" or "linear"; "auto" picks per head, see plan
     tol: float | None = None,  # error allowed where far keys are approximated, relative to the largest value; None = `TOL`
-    score_bound: float | tuple | None = None,  # S, one for all heads or one for each: no score is larger, in absolute value; None = measured
+    score_bound: float | tuple[float, ...] | None = None,  # S, one for all heads or one for each: no score is larger, in absolute value; None = measured
     chunk: int | None = None,  # block length of LaS-chunk: attention stays inside blocks; None = one block
 ) -> torch.Tensor:  # `(B, H, L, D)`, the dtype of `v`; meaningless at padded positions
     """Local and smooth attention; with `window=1` and all rates 0 it is plain attention.

@@ -7,6 +7,7 @@ __all__ = ['POOLS', 'nearest', 'check_choice', 'las_weights', 'las_dense']
 
 # %% ../nbs/05_las.ipynb #07912605
 import difflib, torch
+from typing import Any, Collection
 from .attention import causal_mask, check_qkv, masked_softmax
 from .locality import check_rates, decayed_scores
 from .smoothing import key_mask, smooth_scores, smooth_weights, window_sides
@@ -14,12 +15,12 @@ from .smoothing import key_mask, smooth_scores, smooth_weights, window_sides
 # %% ../nbs/05_las.ipynb #a6f00ddd
 POOLS = ("scores", "weights")
 
-def nearest(value, allowed):
+def nearest(value: object, allowed: Collection[Any]) -> str:
     "The end of a message that refuses `value`: what might have been meant."
     found = difflib.get_close_matches(str(value).lower(), [str(a) for a in allowed], n=1, cutoff=.5)
     return f"; did you mean {found[0]}?" if found else ""
 
-def check_choice(name, value, allowed):
+def check_choice(name: str, value: object, allowed: Collection[Any]) -> None:
     "Raise `ValueError` unless `value` is one of `allowed`; names the nearest."
     if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}{nearest(value, allowed)}")
 

@@ -37,6 +37,8 @@ def rotate(
 # %% ../nbs/16_layers.ipynb #8bb2fae2
 class Attention(SelfAttention):
     "Plain softmax attention (Vaswani et al. 2017), with rotary positions if asked; O(L²) time, O(L) memory."
+    rotary: bool
+
     def __init__(
         self,
         dim: int,  # width; a multiple of `n_heads`
@@ -48,17 +50,20 @@ class Attention(SelfAttention):
         if rotary and dim // n_heads % 2: raise ValueError(f"rotary positions need an even width per head; got {dim // n_heads}")
         self.rotary = rotary
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "Softmax attention of the heads: `(B, H, L, D)`."
         if self.rotary: q, k = rotate(q), rotate(k)
         return F.scaled_dot_product_attention(q, k, v, self.real_keys(k, lengths), is_causal=self.causal)
 
-    def real_keys(self, k, lengths):
+    def real_keys(self, k: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor | None:
         "Mask `(B, 1, 1, L)` of the keys that are no padding; None where causality hides padding from all that counts."
         return None if lengths is None or self.causal else key_mask(lengths, len(k), k.shape[-2], k.device)[:, None, None]
 
 # %% ../nbs/16_layers.ipynb #ec55a323
 class ALiBi(Attention):
     "Attention with linear biases (Press et al. 2022): scores lose `slope * distance`; O(L²) time and memory."
+    slopes: torch.Tensor
+
     def __init__(
         self,
         dim: int,  # width; a multiple of `n_heads`
@@ -68,7 +73,8 @@ class ALiBi(Attention):
         super().__init__(dim, n_heads, causal)
         self.register_buffer("slopes", 2. ** (-8 * torch.arange(1, n_heads + 1) / n_heads), persistent=False)
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "Attention with a slope per head: `(B, H, L, D)`."
         i = torch.arange(q.shape[-2], device=q.device)
         distance = (i[:, None] - i).abs()  # (L, L)
         bias = -self.slopes.to(q.device)[:, None, None] * distance  # (H, L, L)
@@ -79,6 +85,8 @@ class ALiBi(Attention):
 # %% ../nbs/16_layers.ipynb #ae24f651
 class Local(Attention):
     "Sliding-window attention (Beltagy et al. 2020): the nearest `reach` keys, on both sides if not causal; O(L · reach)."
+    reach: int
+
     def __init__(
         self,
         dim: int,  # width; a multiple of `n_heads`
@@ -91,7 +99,8 @@ class Local(Attention):
         if not isinstance(reach, int) or reach < 1: raise ValueError(f"reach must be a whole number >= 1; got {reach!r}")
         self.reach = reach
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "Attention of blocks to themselves and their neighbours: `(B, H, L, D)`."
         if self.rotary: q, k = rotate(q), rotate(k)
         (B, H, L, _), w = q.shape, min(self.reach, q.shape[-2])
         n, sides = -(-L // w), 1 if self.causal else 2  # blocks; neighbours that a block looks at
@@ -124,11 +133,12 @@ def linear_attention(
 # %% ../nbs/16_layers.ipynb #c2ab0659
 class LinearAttention(SelfAttention):
     "Linear attention (Katharopoulos et al. 2020), features `elu(x) + 1`; O(L) time and memory."
-    def features(self, x, query: bool):
+    def features(self, x: torch.Tensor, query: bool) -> torch.Tensor:
         "Positive features of queries or keys: `elu(x) + 1`, without its rounding to zero."
         return torch.where(x > 0, x + 1, x.clamp(-30, 0).exp())
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "Linear attention of the heads: `(B, H, L, D)`."
         with torch.autocast(q.device.type, enabled=False):  # sums over the whole past need their digits
             wide = torch.promote_types(q.dtype, torch.float32)
             fq, fk = self.features(q.to(wide), True), self.features(k.to(wide), False)
@@ -148,6 +158,8 @@ def orthogonal_directions(
 # %% ../nbs/16_layers.ipynb #dd5ab021
 class Performer(LinearAttention):
     "FAVOR+ (Choromanski et al. 2021): softmax attention by positive orthogonal random features; O(L · features)."
+    directions: torch.Tensor
+
     def __init__(
         self,
         dim: int,  # width; a multiple of `n_heads`
@@ -159,7 +171,8 @@ class Performer(LinearAttention):
         if not isinstance(features, int) or features < 1: raise ValueError(f"features must be a whole number >= 1; got {features!r}")
         self.register_buffer("directions", orthogonal_directions(features, dim // n_heads))
 
-    def features(self, x, query):
+    def features(self, x: torch.Tensor, query: bool) -> torch.Tensor:
+        "Positive random features of queries or keys: `(B, H, L, features)`."
         w = self.directions.to(x)
         x = x * x.shape[-1] ** -.25  # half of the division by sqrt(D)
         e = x @ w.T - x.square().sum(-1, keepdim=True) / 2  # (B, H, L, features)
@@ -168,6 +181,8 @@ class Performer(LinearAttention):
 # %% ../nbs/16_layers.ipynb #aeabde24
 class Linformer(SelfAttention):
     "Linformer (Wang et al. 2020): keys and values projected to `rank` mixtures of positions; bidirectional only; O(L · rank)."
+    project: nn.Parameter
+
     def __init__(
         self,
         dim: int,  # width; a multiple of `n_heads`
@@ -180,7 +195,8 @@ class Linformer(SelfAttention):
         super().__init__(dim, n_heads, causal)
         self.project = nn.Parameter(torch.randn(rank, max_len) * max_len ** -.5)
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "Attention to `rank` mixtures of positions: `(B, H, L, D)`."
         E = within(self.project, k.shape[-2])  # (rank, L)
         if lengths is not None: k, v = (t * key_mask(lengths, len(k), k.shape[-2], k.device)[:, None, :, None] for t in (k, v))
         return F.scaled_dot_product_attention(q, E @ k, E @ v)  # keys and values (B, H, rank, D)
@@ -207,11 +223,14 @@ def long_conv(
 # %% ../nbs/16_layers.ipynb #cedcc915
 class LongConv(nn.Module):
     "A convolution as long as the sequence, skip, GELU and gated projection; subclasses give `kernel(L)`; O(L log L)."
-    def __init__(self, dim, causal):
+    ways: int; skip: nn.Parameter; out: nn.Linear
+
+    def __init__(self, dim: int, causal: bool):
         super().__init__()
         self.ways, self.skip, self.out = 1 if causal else 2, nn.Parameter(torch.randn(dim)), nn.Linear(dim, 2 * dim)
 
-    def forward(self, x, lengths=None):
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        "The convolution of every channel, then channels mixed: `(B, L, dim)`."
         u = clear_padding(x, lengths).mT  # (B, dim, L)
         with torch.autocast(x.device.type, enabled=False):  # no FFT in half precision
             u = u.to(torch.promote_types(x.dtype, torch.float32))
@@ -227,6 +246,8 @@ def slow(parameter: nn.Parameter) -> nn.Parameter:
 # %% ../nbs/16_layers.ipynb #e7bc28f2
 class S4D(LongConv):
     "Diagonal state space layer, S4D-Lin (Gu et al. 2022; `models/s4/s4d.py` of state-spaces/s4); O(L log L), kernel O(L · n_state)."
+    log_dt: nn.Parameter; log_decay: nn.Parameter; frequency: nn.Parameter; c: nn.Parameter
+
     def __init__(
         self,
         dim: int,  # width
@@ -243,12 +264,13 @@ class S4D(LongConv):
         self.frequency = slow(nn.Parameter((math.pi * torch.arange(N)).repeat(dim, 1)))
         self.c = nn.Parameter(torch.randn(self.ways, dim, N, 2) * .5 ** .5)  # real and imaginary parts
 
-    def system(self):
+    def system(self) -> tuple[torch.Tensor, torch.Tensor]:
         "The logarithm of what a step multiplies the states with, and what reads them out: `(dim, N)` and `(ways, dim, N)`, complex."
         a, dt = torch.complex(-self.log_decay.exp(), self.frequency), self.log_dt.exp()
         return dt * a, torch.view_as_complex(self.c) * (torch.exp(dt * a) - 1) / a  # zero-order hold
 
-    def kernel(self, L):
+    def kernel(self, L: int) -> torch.Tensor:
+        "The answer to an impulse: `(ways, dim, L)`."
         log_step, c = self.system()
         powers = torch.exp(log_step[..., None] * torch.arange(L, device=c.device))  # (dim, N, L)
         return 2 * torch.einsum("wcn,cnl->wcl", c, powers).real
@@ -256,6 +278,8 @@ class S4D(LongConv):
 # %% ../nbs/16_layers.ipynb #2a0a5d26
 class SGConv(LongConv):
     "Structured global convolution (Li et al. 2023; ctlllll/SGConv): stretched pieces of doubling length and halving size; O(L log L)."
+    max_len: int; pieces: nn.Parameter; norm: torch.Tensor
+
     def __init__(
         self,
         dim: int,  # width
@@ -269,7 +293,8 @@ class SGConv(LongConv):
         self.register_buffer("norm", torch.ones(()))
         with torch.no_grad(): self.norm = self.kernel(max_len).norm(dim=-1).mean()
 
-    def kernel(self, L):
+    def kernel(self, L: int) -> torch.Tensor:
+        "The pieces, stretched and joined: `(ways, dim, L)`."
         pieces = [F.interpolate(p[None], scale_factor=2. ** max(0, i - 1), mode="linear")[0] * .5 ** i for i, p in enumerate(self.pieces)]
         k = torch.cat(pieces, -1)[..., :self.max_len]  # (ways * dim, max_len)
         return within(k, L).unflatten(0, (self.ways, -1)) / self.norm
@@ -277,7 +302,9 @@ class SGConv(LongConv):
 # %% ../nbs/16_layers.ipynb #6acf27bf
 class ImplicitFilter(nn.Module):
     "Hyena's filter: an MLP with sines from the position to the kernel's value, times a decaying window."
-    def __init__(self, dim, max_len, width):
+    layers: nn.ModuleList; speed: nn.Parameter; positions: torch.Tensor; window: torch.Tensor
+
+    def __init__(self, dim: int, max_len: int, width: int):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, dim, bias=False)])
         self.speed = nn.Parameter(torch.ones(width))
@@ -287,7 +314,8 @@ class ImplicitFilter(nn.Module):
         self.register_buffer("positions", torch.cat([t, w.cos(), -w.sin()], -1), persistent=False)  # (max_len, 3)
         self.register_buffer("window", torch.exp(-t * rates).T, persistent=False)  # (dim, max_len)
 
-    def forward(self, L):
+    def forward(self, L: int) -> torch.Tensor:
+        "A kernel of length `L` for every channel: `(dim, L)`."
         h = self.positions[:L]
         for layer in self.layers[:-1]: h = torch.sin(self.speed * layer(h))
         return self.layers[-1](h).T * within(self.window, L)  # (dim, L)
@@ -295,6 +323,8 @@ class ImplicitFilter(nn.Module):
 # %% ../nbs/16_layers.ipynb #4a0a9702
 class Hyena(nn.Module):
     "Hyena operator of order 2 (Poli et al. 2023; `hyena.py` of HazyResearch/safari): gate, long convolution, gate; causal; O(L log L)."
+    project: nn.Linear; short: nn.Conv1d; filter: ImplicitFilter; skip: nn.Parameter; out: nn.Linear
+
     def __init__(
         self,
         dim: int,  # width
@@ -306,7 +336,8 @@ class Hyena(nn.Module):
         self.short = nn.Conv1d(3 * dim, 3 * dim, 3, groups=3 * dim, padding=2)
         self.filter, self.skip = ImplicitFilter(dim, max_len, width), nn.Parameter(torch.randn(dim))
 
-    def forward(self, x, lengths=None):
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        "Gate, convolve, gate: `(B, L, dim)`."
         L = x.shape[1]
         u = self.short(self.project(clear_padding(x, lengths)).mT)[..., :L]  # (B, 3 * dim, L): a causal convolution over three steps
         gate, u, v = u.to(torch.promote_types(x.dtype, torch.float32)).chunk(3, 1)
@@ -318,27 +349,35 @@ class Hyena(nn.Module):
 # %% ../nbs/16_layers.ipynb #7846e166
 class EMA(nn.Module):
     "Damped exponential moving averages on `(..., dim, L)`, `n_state` per channel and way (MEGA, section 3); O(L log L)."
-    def __init__(self, dim, causal=True, n_state=16):
+    p: nn.Parameter; damping: nn.Parameter; spread: nn.Parameter; read: nn.Parameter; skip: nn.Parameter
+
+    def __init__(self, dim: int, causal: bool = True, n_state: int = 16):
         super().__init__()
         shape = (1 if causal else 2, dim, n_state)
         self.p, self.damping = (nn.Parameter(.2 * torch.randn(shape)) for _ in range(2))
         self.spread = nn.Parameter(torch.tensor([1., -1.]).repeat(n_state)[:n_state] + .02 * torch.randn(shape))
         self.read, self.skip = nn.Parameter(torch.randn(shape) * n_state ** -.5), nn.Parameter(torch.randn(dim))
 
-    def system(self):
+    def system(self) -> tuple[torch.Tensor, torch.Tensor]:
         "What a step leaves of an average, and how inputs enter and averages are read: `(ways, dim, n_state)` each."
         p = self.p.sigmoid()
         return 1 - p * self.damping.sigmoid(), p * self.spread * self.read
 
-    def kernel(self, L):
+    def kernel(self, L: int) -> torch.Tensor:
+        "The sum of all averages of an impulse: `(ways, dim, L)`."
         keep, gain = self.system()
         return torch.einsum("wcn,wcnl->wcl", gain, torch.exp(keep.clamp(min=1e-30).log()[..., None] * torch.arange(L, device=gain.device)))
 
-    def forward(self, u): return long_conv(u, self.kernel(u.shape[-1])) + self.skip[:, None] * u
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        "The averages of every channel, summed: `(..., dim, L)`."
+        return long_conv(u, self.kernel(u.shape[-1])) + self.skip[:, None] * u
 
 # %% ../nbs/16_layers.ipynb #31103b95
 class Mega(nn.Module):
     "Moving-average gated attention (Ma et al. 2023; facebookresearch/mega): averages, then one gated head; O(L²) time and memory."
+    dim: int; causal: bool; z: int; v: int; ema: EMA; values: nn.Linear; gates: nn.Linear
+    scale: nn.Parameter; shift: nn.Parameter; out: nn.Linear; bias: nn.Parameter
+
     def __init__(
         self,
         dim: int,  # width
@@ -354,7 +393,8 @@ class Mega(nn.Module):
         self.out = nn.Linear(self.v, dim, bias=False)
         self.bias = nn.Parameter(.02 * torch.randn(2 * max_len - 1))  # of score (i, j), by distance
 
-    def forward(self, x, lengths=None):
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        "Averages, attention and gates: what to add to `x` `(B, L, dim)`."
         x = clear_padding(x, lengths)
         with torch.autocast(x.device.type, enabled=False):
             m = F.silu(self.ema(x.mT.to(torch.promote_types(x.dtype, torch.float32)))).mT.to(x.dtype)  # (B, L, dim)
@@ -371,5 +411,5 @@ class Mega(nn.Module):
 
 # %% ../nbs/16_layers.ipynb #d5bf68ce
 register_mixer("las-chunk", functools.partial(LaSAttention, chunk=64))
-for name, make in dict(attention=Attention, alibi=ALiBi, local=Local, linear=LinearAttention, performer=Performer, linformer=Linformer,
-                       s4d=S4D, sgconv=SGConv, hyena=Hyena, mega=Mega).items(): register_mixer(name, make)
+for _name, _make in dict(attention=Attention, alibi=ALiBi, local=Local, linear=LinearAttention, performer=Performer, linformer=Linformer,
+                         s4d=S4D, sgconv=SGConv, hyena=Hyena, mega=Mega).items(): register_mixer(_name, _make)

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 import torch
 from .data import DataError, Sequences, encoded
 from .digits import deaf_children
@@ -28,7 +28,7 @@ def grow(
     random: random.Random,  # source of randomness
     room: int,  # give up when the tree reaches so many tokens
     depth: int = 1,  # of this node; the root has depth 1
-) -> tuple:  # tree, its length in tokens; the tree is None when room was not enough
+) -> tuple[Any, int]:  # tree, its length in tokens; the tree is None when room was not enough
     "One random tree: a digit, or a pair of an operator and a list of trees."
     if depth == 10 or random.random() >= .25: return int(10 * random.random()), 1
     operator, arity, children, length = OPERATORS[int(4 * random.random())], 2 + int(9 * random.random()), [], 2
@@ -43,14 +43,14 @@ def long_tree(
     random: random.Random,  # source of randomness
     low: int = 500,  # more tokens than this
     high: int = 2000,  # and fewer than this
-) -> tuple:  # tree, its length in tokens
+) -> tuple[Any, int]:  # tree, its length in tokens
     "A random tree of a length between two bounds."
     while True:
         tree, length = grow(random, high)
         if length > low: return tree, length
 
 # %% ../nbs/13_listops.ipynb #3815dfc3
-def to_text(tree) -> str:
+def to_text(tree: Any) -> str:
     "A tree as the official files write it."
     if isinstance(tree, int): return str(tree)
     operator, children = tree
@@ -58,7 +58,7 @@ def to_text(tree) -> str:
 
 # %% ../nbs/13_listops.ipynb #74c23ae8
 DIGITS = frozenset("0123456789")
-COMPUTE = dict(MIN=min, MAX=max, MED=lambda a: (sorted(a)[(len(a) - 1) // 2] + sorted(a)[len(a) // 2]) // 2, SM=lambda a: sum(a) % 10)
+COMPUTE: dict[str, Callable[[list[int]], int]] = dict(MIN=min, MAX=max, MED=lambda a: (sorted(a)[(len(a) - 1) // 2] + sorted(a)[len(a) // 2]) // 2, SM=lambda a: sum(a) % 10)
 
 def evaluate(
     text: str,  # as in the official files; parentheses may be missing
@@ -83,7 +83,7 @@ def block_of_lines(
     seed: int,  # of the whole set
     low: int,
     high: int,
-    job: tuple,  # (part, number of the block, trees in it)
+    job: tuple[str, int, int],  # (part, number of the block, trees in it)
 ) -> str:  # lines of the official files
     "One block of trees with their values."
     part, number, n = job
@@ -93,10 +93,10 @@ def block_of_lines(
 
 # %% ../nbs/13_listops.ipynb #cfa615dd
 def in_parallel(
-    work,  # function of one argument, importable from a module
-    todo: list,  # arguments
+    work: Callable[[Any], Any],  # function of one argument, importable from a module
+    todo: list[Any],  # arguments
     jobs: int | None = None,  # processes; by default one per core
-) -> Iterator:  # results, in order
+) -> Iterator[Any]:  # results, in order
     "Map over processes, with a progress bar when it takes long; raises `DataError` when a process is killed."
     from tqdm import tqdm
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -112,7 +112,7 @@ def in_parallel(
             for p in list((pool._processes or {}).values()): p.terminate()
             raise
 
-def end_with_parent():
+def end_with_parent() -> None:
     "A worker whose parent was killed ends as well."
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -126,7 +126,7 @@ def write_listops(
     jobs: int | None = None,  # processes; by default one per core
     low: int = 500,  # trees have more tokens than this
     high: int = 2000,  # and fewer than this
-):
+) -> None:
     """Generate ListOps in the official layout. The same arguments give the same files, with any number of `jobs`.
 
     Raises `ValueError` for bounds between which there are no trees. Source: Nangia and Bowman (2018), arXiv
@@ -190,7 +190,7 @@ def official(
     return next((p for p in places if p.exists()), None)
 
 # %% ../nbs/13_listops.ipynb #f752734a
-def noted(folder: Path) -> dict | None:
+def noted(folder: Path) -> dict[str, Any] | None:
     "The note beside generated data, or None where there is none: the data are official."
     try: return json.loads((folder / "generated.json").read_text())
     except OSError: return None
@@ -200,12 +200,12 @@ def noted(folder: Path) -> dict | None:
 def made_or_official(
     root: Path,  # as from data_root
     path: str,  # folder in the official layout
-    write,  # function of a folder that generates the data there
+    write: Callable[[Path], Any],  # function of a folder that generates the data there
     what: str,  # in words
     size: int | None = None,  # None for the official size; a smaller set must be the beginning of the whole
     seed: int = 0,
     sample: bool = False,
-    whole: Callable = lambda folder: True,  # whether nothing is missing in a folder that was finished
+    whole: Callable[[Path], bool] = lambda folder: True,  # whether nothing is missing in a folder that was finished
 ) -> tuple[Path, str]:  # folder, where its data come from
     "Find a data set, or generate it; raises `DataError` when it cannot be written."
     from filelock import FileLock

@@ -12,7 +12,7 @@ from .attention import attention_scores
 # %% ../nbs/03_locality.ipynb #ce2b96cf
 def distance_matrix(
     L: int,  # sequence length
-    device=None,  # where to make it
+    device: torch.device | str | None = None,  # where to make it
 ) -> torch.Tensor:  # integers `(L, L)`
     "How far query `i` is from key `j`: `|i - j|`, in steps."
     i = torch.arange(L, device=device)

@@ -12,7 +12,7 @@ __all__ = ['LRA_URL', 'IMDB', 'KINDS', 'REVIEWS', 'AAN', 'GREY', 'CIFAR', 'FAST'
 # %% ../nbs/15_lra.ipynb #d64beb2e
 import contextlib, gzip, hashlib, http.client, io, lzma, os, random, shutil, tarfile, tempfile, urllib.error, urllib.request
 from pathlib import Path, PurePosixPath
-from typing import Callable, Iterator
+from typing import IO, Any, Callable, Iterator
 import torch
 from .data import TASKS, DataError, Sequences, Task, encoded, shuffled
 from .digits import groups, mean_range
@@ -22,7 +22,7 @@ from .pathfinder import make_pathfinder, pathfinder
 
 # %% ../nbs/15_lra.ipynb #955d2603
 @contextlib.contextmanager
-def alone(root: Path):
+def alone(root: Path) -> Iterator[None]:
     "One process at a time gets, or unpacks, files in a root."
     from filelock import FileLock
     try:
@@ -66,7 +66,7 @@ def download(
     return path
 
 # %% ../nbs/15_lra.ipynb #322ba63f
-def file_digest(file) -> str:  # sha256, as hexadecimal
+def file_digest(file: IO[bytes]) -> str:  # sha256, as hexadecimal
     "The checksum of an open file."
     digest = hashlib.sha256()
     while chunk := file.read(1 << 22): digest.update(chunk)
@@ -74,7 +74,7 @@ def file_digest(file) -> str:  # sha256, as hexadecimal
 
 # %% ../nbs/15_lra.ipynb #c3041eae
 @contextlib.contextmanager
-def members(archive: Path):  # gives an iterator over (TarInfo, open file) of plain files
+def members(archive: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes]]]]:  # gives an iterator over plain files
     "Files of a tar archive, gz, xz or plain, in one pass; checks the archive's own checksum at its end, and raises `DataError` when it is damaged."
     with open(archive, "rb") as f: begins = f.read(6)
     unpack = gzip.open if begins[:2] == b"\x1f\x8b" else lzma.open if begins == b"\xfd7zXZ\0" else open
@@ -92,7 +92,7 @@ def members(archive: Path):  # gives an iterator over (TarInfo, open file) of pl
 # %% ../nbs/15_lra.ipynb #2ac35054
 def extract(
     archive: Path,  # tar, compressed or not
-    wanted: Callable,  # path in the archive -> path below `folder`, or None: leave it
+    wanted: Callable[[str], str | None],  # path in the archive -> path below `folder`, or None: leave it
     folder: Path,  # made, or added to, when all is there
 ) -> int:  # files
     "Take some files out of an archive in one pass; raises `DataError` when it is damaged or unsafe."
@@ -186,7 +186,7 @@ def dealt(
     return [("valid" if i < held else part, row) for i, row in enumerate(shuffled(n).tolist())]
 
 # %% ../nbs/15_lra.ipynb #1bd6964f
-def text(root: Path, limit=None, sample: bool = False, seed: int = 0) -> dict[str, Sequences]:  # "train" 22,500, "valid" 2,500, "test" 25,000
+def text(root: Path, limit: int | None = None, sample: bool = False, seed: int = 0) -> dict[str, Sequences]:  # "train" 22,500, "valid" 2,500, "test" 25,000
     "Film reviews as bytes, in random order."
     if sample: made, source = make_text(root, sample=True, seed=seed)
     else: made, source = imdb_files(root), "IMDB reviews"
@@ -215,7 +215,7 @@ def read_pairs(path: Path) -> Iterator[tuple[int, bytes, bytes]]:  # label, both
     if not number: raise DataError(f"{path}, line 1: there are no pairs; delete the file and get it again")
 
 # %% ../nbs/15_lra.ipynb #0d64bc78
-def retrieval(root: Path, limit=None, sample: bool = False, seed: int = 0) -> dict[str, Sequences]:  # "train" 147,086, "valid" 18,090, "test" 17,437 pairs
+def retrieval(root: Path, limit: int | None = None, sample: bool = False, seed: int = 0) -> dict[str, Sequences]:  # "train" 147,086, "valid" 18,090, "test" 17,437 pairs
     "Pairs of papers as bytes."
     if sample: folder, source = make_retrieval(root, sample=True, seed=seed)
     else:
@@ -264,7 +264,7 @@ def make_grey(path: Path) -> Path:
     return path
 
 # %% ../nbs/15_lra.ipynb #ba57bb3d
-def image(root: Path, limit=None, sample: bool = False, seed: int = 0) -> dict[str, Sequences]:  # "train" 45,000, "valid" 5,000, "test" 10,000
+def image(root: Path, limit: int | None = None, sample: bool = False, seed: int = 0) -> dict[str, Sequences]:  # "train" 45,000, "valid" 5,000, "test" 10,000
     "CIFAR-10 in grey, standardised by the mean and deviation of its training set."
     import numpy as np
     if sample: folder, source = make_image(root, sample=True, seed=seed); path = folder / GREY
@@ -281,7 +281,7 @@ def image(root: Path, limit=None, sample: bool = False, seed: int = 0) -> dict[s
     return encoded([path], parts, source, scale=(122.6 / 255, 61 / 255))
 
 # %% ../nbs/15_lra.ipynb #aec1107e
-def make_text(root: Path, size=None, seed: int = 0, jobs=None, sample: bool = False) -> tuple[Path, str]:
+def make_text(root: Path, size: int | None = None, seed: int = 0, jobs: int | None = None, sample: bool = False) -> tuple[Path, str]:
     "With `sample`: 400 made-up reviews in the layout of `aclImdb`. Else the real ones, downloaded if need be."
     if not sample: return refuse_size("text", size, seed) or imdb_files(root), "IMDB reviews"
     words = dict(pos="wonderful moving brilliant charming superb".split(), neg="dull awful clumsy boring dreadful".split())
@@ -295,7 +295,7 @@ def make_text(root: Path, size=None, seed: int = 0, jobs=None, sample: bool = Fa
     return made_or_official(root, "aclImdb", write, "made-up reviews", seed=seed, sample=True)
 
 # %% ../nbs/15_lra.ipynb #ed173874
-def make_retrieval(root: Path, size=None, seed: int = 0, jobs=None, sample: bool = False) -> tuple[Path, str]:
+def make_retrieval(root: Path, size: int | None = None, seed: int = 0, jobs: int | None = None, sample: bool = False) -> tuple[Path, str]:
     "With `sample`: 240 made-up pairs in the official format. Else the official ones, from the archive, which is downloaded if need be."
     if not sample: return refuse_size("retrieval", size, seed) or aan_folder(root), "official files"
     topics = ["parse tree grammar head".split(), "speech sound phone vowel".split(), "translate source target align".split(), "word sense vector meaning".split()]
@@ -312,7 +312,7 @@ def make_retrieval(root: Path, size=None, seed: int = 0, jobs=None, sample: bool
     return made_or_official(root, "tsv_data", write, "made-up papers", seed=seed, sample=True)
 
 # %% ../nbs/15_lra.ipynb #b374aa6f
-def make_image(root: Path, size=None, seed: int = 0, jobs=None, sample: bool = False) -> tuple[Path, str]:
+def make_image(root: Path, size: int | None = None, seed: int = 0, jobs: int | None = None, sample: bool = False) -> tuple[Path, str]:
     "With `sample`: 600 made-up pictures, stripes of ten directions. Else CIFAR-10, downloaded if need be."
     if not sample: return refuse_size("image", size, seed) or grey_cifar(root).parent, "CIFAR-10"
     def write(folder):
@@ -329,7 +329,7 @@ def make_image(root: Path, size=None, seed: int = 0, jobs=None, sample: bool = F
     return made_or_official(root, "CIFAR10", write, "made-up stripes", seed=seed, sample=True)
 
 # %% ../nbs/15_lra.ipynb #6bf1dcef
-def refuse_size(task, size, seed):
+def refuse_size(task: str, size: int | None, seed: int) -> None:
     "Only generated sets have a size and a seed."
     if size is not None or seed: raise ValueError(f"{task} is not generated: leave --size and --seed out (with --sample, a seed may be given)")
 
@@ -356,8 +356,8 @@ ARENA = dict(
 # %% ../nbs/15_lra.ipynb #2b2b868e
 def unpacked_first(
     path: str,  # in the official layout
-    call: Callable,  # of a root
-) -> Callable:
+    call: Callable[..., Any],  # of a root
+) -> Callable[..., Any]:
     "The same, after taking the task out of the official archive where that lies in the root."
     def with_archive(root, **options):
         if not options.get("sample"): from_archive(root, path)
@@ -381,8 +381,8 @@ TASKS |= dict(
 
 # %% ../nbs/15_lra.ipynb #e782768a
 def averages(
-    scores: dict,  # task -> percent; Path-X may be missing or None
-) -> dict:  # "avg5 (without Path-X)" and "avg6 (a failed Path-X counts 50)", or None where one of the five is missing
+    scores: dict[str, Any],  # task -> percent; Path-X may be missing or None
+) -> dict[str, float | None]:  # "avg5 (without Path-X)" and "avg6 (a failed Path-X counts 50)", or None where one of the five is missing
     "Both averages that are in use."
     five = [scores.get(t) for t in ("listops", "text", "retrieval", "image", "pathfinder")]
     whole = None not in five
@@ -391,8 +391,8 @@ def averages(
 
 # %% ../nbs/15_lra.ipynb #3ec17539
 def arena_scores(
-    runs: list[dict],  # records of las_train, of LRA tasks
-) -> dict:  # "plain + positions", "LaS", "LaS + positions" -> task -> list of percents, one per seed
+    runs: list[dict[str, Any]],  # records of las_train, of LRA tasks
+) -> dict[str, dict[str, list[float]]]:  # "plain + positions", "LaS", "LaS + positions" -> task -> list of percents, one per seed
     "Test accuracies by model and task."
     found = {}
     for task in ARENA:
@@ -403,9 +403,9 @@ def arena_scores(
 TITLES = dict(listops="ListOps", text="Text", retrieval="Retrieval", image="Image", pathfinder="Pathfinder", pathx="Path-X")
 
 def arena_table(
-    runs: list[dict],  # records of las_train, of one preset
-    published: dict | None = None,  # name -> task -> percent or None
-    goals: dict | None = None,  # task -> percent
+    runs: list[dict[str, Any]],  # records of las_train, of one preset
+    published: dict[str, dict[str, Any]] | None = None,  # name -> task -> percent or None
+    goals: dict[str, float] | None = None,  # task -> percent
 ) -> str:  # Markdown
     "Our results, what trivial readers get on the same test data, and published figures, with both averages."
     def row(name, cells, mean): return f"| {name} | " + " | ".join(cells.get(t, "") for t in TITLES) + " | " + " | ".join("" if a is None else f"{a:.2f}" for a in averages(mean).values()) + " |"

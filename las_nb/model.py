@@ -10,6 +10,7 @@ __all__ = ['NORMS', 'MIXERS', 'sinusoidal', 'MaskedBatchNorm', 'PositionNorm', '
 # %% ../nbs/07_model.ipynb #15abd296
 import importlib, inspect, json, math, os, re, torch
 from pathlib import Path
+from typing import Any, Callable
 from torch import nn
 from .attention import merge_heads, split_heads
 from .fast import METHODS, check_limits, las_attention
@@ -21,8 +22,8 @@ from .smoothing import key_mask, window_sides
 def sinusoidal(
     L: int,  # sequence length
     dim: int,  # width
-    device=None,  # where to make it
-    dtype=torch.float32,  # of the result
+    device: torch.device | str | None = None,  # where to make it
+    dtype: torch.dtype = torch.float32,  # of the result
 ) -> torch.Tensor:  # `(L, dim)`, sines and cosines in turn
     "Sinusoidal position embedding (Vaswani et al. 2017, section 3.5)."
     wide = dict(device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -41,6 +42,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         x: torch.Tensor,  # `(B, L, dim)`
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
+        "Normalise every channel over all real positions."
         if lengths is None: return super().forward(x.flatten(0, 1)).view_as(x)  # (B, L, dim) -> (B * L, dim)
         real = key_mask(lengths, *x.shape[:2], x.device)  # (B, L)
         y = super().forward(x[real])  # (number of real positions, dim)
@@ -49,7 +51,9 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 # %% ../nbs/07_model.ipynb #c2baeed7
 class PositionNorm(nn.LayerNorm):
     "LayerNorm over the channels of each position; takes `lengths` and does not need them."
-    def forward(self, x, lengths=None): return super().forward(x)
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        "Normalise every position `(B, L, dim)`."
+        return super().forward(x)
 
 NORMS = {"layer": PositionNorm, "batch": MaskedBatchNorm}
 
@@ -68,6 +72,8 @@ class SelfAttention(nn.Module):
     """The projections around attention on `(B, L, dim)`; subclasses say how to `mix`.
 
     Raises `ValueError` when `dim` is no multiple of `n_heads`."""
+    n_heads: int; causal: bool; qkv: nn.Linear; out: nn.Linear
+
     def __init__(
         self,
         dim: int,  # width of the model; a multiple of `n_heads`
@@ -80,13 +86,13 @@ class SelfAttention(nn.Module):
         self.n_heads, self.causal = n_heads, causal
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def heads(self, x, lengths=None):
+    def heads(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> list[torch.Tensor]:
         "Queries, keys and values of `x` with its padding cleared, each `(B, H, L, D)`."
         if x.ndim != 3 or x.shape[-1] != self.qkv.in_features:
             raise ValueError(f"x must have shape (B, L, {self.qkv.in_features}); got {tuple(x.shape)}")
         return [split_heads(t, self.n_heads) for t in self.qkv(clear_padding(x, lengths)).chunk(3, -1)]  # (B, L, 3 * dim) -> 3 x (B, H, L, D)
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         "What the heads make of their queries, keys and values: `(B, H, L, D)`."
         raise NotImplementedError
 
@@ -95,6 +101,7 @@ class SelfAttention(nn.Module):
         x: torch.Tensor,  # `(B, L, dim)`
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
+        "What the heads found, projected back to the width of the model."
         return self.out(merge_heads(self.mix(*self.heads(x, lengths), lengths)))
 
 # %% ../nbs/07_model.ipynb #bb89eaad
@@ -102,6 +109,9 @@ class LaSAttention(SelfAttention):
     """Multi-head local and smooth self-attention on `(B, L, dim)`; no more trainable parameters than plain attention.
 
     Raises `ValueError` when `dim` is no multiple of `n_heads` and for values that `las_attention` or `decay_rates` refuse."""
+    window: int; pool: str; method: str; tol: float | None; score_bound: float | tuple[float, ...] | None; chunk: int | None
+    rates: torch.Tensor; plain_rates: tuple[float, ...]  # `(H,)`, as a tensor and as numbers
+
     def __init__(
         self,
         dim: int,  # width of the model; a multiple of `n_heads`
@@ -113,7 +123,7 @@ class LaSAttention(SelfAttention):
         spacing: str = "geometric",  # how rates spread over heads: "geometric", "uniform" or "equal"
         method: str = "auto",  # how it is computed; see las_attention
         tol: float | None = None,  # error allowed where far keys are approximated; None = by dtype, see las_attention
-        score_bound: float | tuple | None = None,  # no score is larger, for all heads or one each; None = measured at every call
+        score_bound: float | tuple[float, ...] | None = None,  # no score is larger, for all heads or one each; None = measured at every call
         chunk: int | None = None,  # block length of LaS-chunk; None = attention everywhere
     ):
         rates = decay_rates(n_heads, max_rate, spacing)
@@ -131,7 +141,8 @@ class LaSAttention(SelfAttention):
         self.rates = rates.to(self.rates.device)
         return self
 
-    def mix(self, q, k, v, lengths):
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "LaS attention of the heads: `(B, H, L, D)`."
         return las_attention(q, k, v, self.plain_rates, self.window, self.pool, self.causal, lengths,
                              self.method, self.tol, self.score_bound, self.chunk)
 
@@ -147,7 +158,7 @@ class LaSAttention(SelfAttention):
     def derive_bound(
         self,
         norm: nn.LayerNorm,  # the layer whose output comes in
-    ) -> tuple:  # S of every head: no score is larger, whatever the input
+    ) -> tuple[float, ...]:  # S of every head: no score is larger, whatever the input
         "A `score_bound` from the weights: what comes out of a LayerNorm is no longer than `sqrt(dim) max|gamma| + |beta|`."
         dim, W, b = self.qkv.in_features, self.qkv.weight.detach().double(), self.qkv.bias.detach().double()
         x = dim ** .5 * norm.weight.detach().double().abs().max() + norm.bias.detach().double().norm()
@@ -155,20 +166,21 @@ class LaSAttention(SelfAttention):
         q, k = torch.linalg.matrix_norm(W, ord=2) * x + b.norm(dim=-1)  # (H,) each
         return tuple((1.01 * q * k * (dim / self.n_heads) ** -.5).tolist())  # and a little for rounding
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
+        "What `repr` shows of the layer."
         return f"n_heads={self.n_heads}, max_rate={self.rates.max():.3g}, window={self.window}, pool={self.pool!r}, causal={self.causal}, method={self.method!r}"
 
 # %% ../nbs/07_model.ipynb #fe5f370f
-MIXERS = {}  # name -> what makes the layer from its width and options
+MIXERS: dict[str, Callable[..., nn.Module]] = {}  # name -> what makes the layer from its width and options
 
 def register_mixer(
     name: str,  # for `LaSTransformer(mixer=name)`
-    make,  # `make(dim, **options)` gives a module on `(B, L, dim)`; its options may include n_heads, causal, max_len, rotary
-):
+    make: Callable[..., nn.Module],  # `make(dim, **options)` gives a module on `(B, L, dim)`; its options may include n_heads, causal, max_len, rotary
+) -> None:
     "Give a layer a name; the module may take true `lengths`, else its padding is cleared before it."
     MIXERS[name] = make
 
-def every_mixer() -> dict:  # name -> what makes it
+def every_mixer() -> dict[str, Callable[..., nn.Module]]:  # name -> what makes it
     "`MIXERS`, with those of later chapters."
     for chapter in ("layers", "ablations"): importlib.import_module(f"las_nb.{chapter}")
     return MIXERS
@@ -178,12 +190,12 @@ register_mixer("las", LaSAttention)
 # %% ../nbs/07_model.ipynb #a5b3aadd
 def mixer_options(
     mixer: str,  # a key of every_mixer()
-    given: dict,  # what was asked for by name
+    given: dict[str, Any],  # what was asked for by name
     n_heads: int,
     causal: bool,
     max_len: int,
     rotary: bool = False,
-) -> dict:  # arguments of the layer, all but `dim`
+) -> dict[str, Any]:  # arguments of the layer, all but `dim`
     """All options of a layer, with its defaults.
 
     Raises `ValueError` for one that it does not have."""
@@ -200,6 +212,9 @@ def mixer_options(
 # %% ../nbs/07_model.ipynb #3a5795ce
 class Block(nn.Module):
     "A layer that mixes positions, then a feed-forward network on each of them, both with a residual and a norm."
+    prenorm: bool; mixer: nn.Module; norm1: MaskedBatchNorm | PositionNorm; norm2: MaskedBatchNorm | PositionNorm
+    feedforward: nn.Sequential; dropout: nn.Dropout; pads: bool
+
     def __init__(
         self,
         dim: int,  # width
@@ -208,7 +223,7 @@ class Block(nn.Module):
         dropout: float = 0.,  # share of each step's output that is dropped while training
         feedforward: int | None = None,  # hidden width of the feed-forward network; None = 4 * dim
         mixer: str = "las",  # a key of every_mixer()
-        **options,  # arguments of the mixer
+        **options: Any,  # arguments of the mixer
     ):
         super().__init__()
         self.prenorm, self.mixer, hidden = prenorm, every_mixer()[mixer](dim, **options), feedforward or 4 * dim
@@ -217,7 +232,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.pads = "lengths" in inspect.signature(self.mixer.forward).parameters  # does the mixer know about padding?
 
-    def mix(self, x, lengths):
+    def mix(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         "The mixer's answer to a normalised input."
         return self.mixer(x, lengths) if self.pads else self.mixer(clear_padding(x, lengths))
 
@@ -226,6 +241,7 @@ class Block(nn.Module):
         x: torch.Tensor,  # `(B, L, dim)`
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
+        "Both steps, each added to what came in."
         if self.prenorm:
             x = x + self.dropout(self.mix(self.norm1(x, lengths), lengths))
             return x + self.dropout(self.feedforward(self.norm2(x, lengths)))
@@ -240,6 +256,10 @@ class LaSTransformer(nn.Module):
     an axis of two after the first. Sequences may be padded on the right: with `lengths` they give the results of the
     unpadded ones. Raises `ValueError` for arguments
     or inputs that are not allowed. Source of the set-up: Zimerman and Wolf (2023), arXiv 2311.16620."""
+    config: dict[str, Any]; vocab: int | None; in_features: int | None; positions: str | None; readout: str; pairs: bool
+    embed: nn.Embedding | nn.Linear; position: nn.Parameter; blocks: nn.ModuleList
+    norm: MaskedBatchNorm | PositionNorm | None; head: nn.Sequential | nn.Linear
+
     def __init__(
         self,
         n_classes: int,  # number of classes
@@ -258,7 +278,7 @@ class LaSTransformer(nn.Module):
         causal: bool = True,  # see the past only?
         feedforward: int | None = None,  # hidden width of the feed-forward networks; None = 4 * dim
         mixer: str = "las",  # the layer that mixes positions: a key of every_mixer()
-        **options,  # further arguments of the mixer; of "las": max_rate, window, pool, spacing, method, tol, score_bound, chunk
+        **options: Any,  # further arguments of the mixer; of "las": max_rate, window, pool, spacing, method, tol, score_bound, chunk
     ):
         super().__init__()
         sizes = dict(n_classes=n_classes, dim=dim, depth=depth, max_len=max_len, vocab=vocab, in_features=in_features, feedforward=feedforward)
@@ -281,7 +301,7 @@ class LaSTransformer(nn.Module):
         self.norm = NORMS[norm](dim) if prenorm else None  # post-norm blocks end normalised
         self.head = nn.Sequential(nn.Linear(4 * dim, dim), nn.GELU(), nn.Linear(dim, n_classes)) if pairs else nn.Linear(dim, n_classes)
 
-    def check(self, inputs):
+    def check(self, inputs: torch.Tensor) -> None:
         "Raise `ValueError` unless `inputs` are what this model takes."
         want = "(B, L) whole numbers" if self.in_features is None else f"(B, L, {self.in_features}) floating point"
         good = (inputs.ndim == 2 and not inputs.is_floating_point() and inputs.dtype != torch.bool if self.in_features is None
@@ -334,6 +354,7 @@ class LaSTransformer(nn.Module):
         inputs: torch.Tensor,  # tokens `(B, L)` or values `(B, L, in_features)`; of pairs `(B, 2, L)` or `(B, 2, L, in_features)`
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded; of pairs `(B, 2)`
     ) -> torch.Tensor:  # logits `(B, n_classes)`
+        "One answer per sequence, or pair of sequences."
         if self.pairs:
             if inputs.ndim < 3 or inputs.shape[1] != 2: raise ValueError(f"inputs must be pairs, (B, 2, L, ...); got {tuple(inputs.shape)}")
             inputs, lengths = inputs.flatten(0, 1), None if lengths is None else lengths.flatten()  # (2 * B, L, ...), (2 * B,)
@@ -346,8 +367,8 @@ class LaSTransformer(nn.Module):
     def save_pretrained(
         self,
         folder: str | Path,  # gets `config.json` and `model.safetensors`
-        **_,  # what the Hub passes and this does not need
-    ):
+        **_: Any,  # what the Hub passes and this does not need
+    ) -> None:
         "Write the arguments and the weights; each file is replaced whole."
         from safetensors.torch import save
         replace_file(Path(folder) / "model.safetensors", save({k: v.contiguous() for k, v in self.state_dict().items()}))
@@ -357,8 +378,8 @@ class LaSTransformer(nn.Module):
     def from_pretrained(
         cls,
         source: str | Path,  # a folder that save_pretrained wrote, or the name of a model on the Hub
-        **options,  # for the Hub, such as `revision` or `token`; see huggingface_hub's snapshot_download
-    ):  # the model, in eval mode, on the CPU
+        **options: Any,  # for the Hub, such as `revision` or `token`; see huggingface_hub's snapshot_download
+    ) -> "LaSTransformer":  # the model, in eval mode, on the CPU
         """The model of a folder, with its weights.
 
         Raises `FileNotFoundError` when there is no such folder and `ValueError` when its files are damaged.
@@ -382,8 +403,8 @@ class LaSTransformer(nn.Module):
     def push_to_hub(
         self,
         name: str,  # of the model on the Hub: "owner/model"
-        **options,  # such as `private` or `token`; see huggingface_hub's PyTorchModelHubMixin
-    ):
+        **options: Any,  # such as `private` or `token`; see huggingface_hub's PyTorchModelHubMixin
+    ) -> str:  # address of the commit
         "Publish the model on the Hub; needs huggingface_hub: `pip install 'las_nb[hub]'`."
         from huggingface_hub import PyTorchModelHubMixin  # used when asked for: the library runs without it
         return PyTorchModelHubMixin.push_to_hub(self, name, **options)
@@ -406,7 +427,7 @@ def pool_positions(
 def replace_file(
     path: Path,  # target file; its folder is made
     content: bytes,  # its new content
-):
+) -> None:
     "Write a file aside and rename it: readers see the old content or the new, never half of it."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ __all__ = ['SETTINGS', 'kit', 'FOLDER', 'FIRST', 'Setting', 'distances', 'halved
 import io, math
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 import torch
 from .data import DataError, Sequences, encoded
 from .listops import in_parallel, made_or_official, noted
@@ -23,7 +23,7 @@ class Setting(NamedTuple):
     side: int  # of the picture
     length: int  # of a paddle
     thickness: float  # of a paddle
-    margins: tuple  # clear space around a paddle: one of these for each picture
+    margins: tuple[int, ...]  # clear space around a paddle: one of these for each picture
     radius: float  # of a dot
     apart: int  # distance of the first paddles of the two contours
     continuity: float  # above 1, contours turn less
@@ -37,8 +37,8 @@ SETTINGS = {32: Setting(32, 2, .5, (1,), 1.5, 7, 1., 1.5, 5), 128: Setting(128, 
 # %% ../nbs/14_pathfinder.ipynb #abbac7f4
 def distances(
     reach: int,  # pixels from the middle to the edge of the patch
-    end: tuple,  # (y, x): the line runs from the middle to here
-):  # array `(4 * reach + 2, 4 * reach + 2)`: four points per pixel
+    end: tuple[float, float],  # (y, x): the line runs from the middle to here
+) -> Any:  # array `(4 * reach + 2, 4 * reach + 2)`: four points per pixel
     "Distance of every point of a patch at double size to a line, in pixels."
     import numpy as np
     y, x = np.meshgrid(*2 * [(np.arange(4 * reach + 2) - .5) / 2 - reach], indexing="ij")
@@ -46,12 +46,12 @@ def distances(
     return np.hypot(y - along * end[0], x - along * end[1])
 
 # %% ../nbs/14_pathfinder.ipynb #c4ea0454
-def halved(patch):
+def halved(patch: Any) -> Any:
     "A patch at double size, averaged down."
     return patch.reshape(len(patch) // 2, 2, -1, 2).mean((1, 3))
 
 # %% ../nbs/14_pathfinder.ipynb #ae43b441
-def widened(patch, radius: int):
+def widened(patch: Any, radius: int) -> Any:
     "The largest value within a disc around every pixel; the result is larger by the radius on every side."
     import numpy as np
     n = len(patch)
@@ -66,6 +66,9 @@ def widened(patch, radius: int):
 # %% ../nbs/14_pathfinder.ipynb #6b09887c
 class Kit:
     "Everything about a setting that can be looked up."
+    setting: Setting; margin: int; pad: int
+    ring: Any; toward: Any; angles: Any; ink: Any; ground: Any; near: Any; dot: Any; empty: Any; empty_near: Any  # arrays
+
     def __init__(self, side: int, margin: int):
         import numpy as np
         s = self.setting = SETTINGS[side]
@@ -84,17 +87,17 @@ class Kit:
         self.empty = np.pad(np.zeros((s.side - 2, s.side - 2), np.uint8), self.pad + 1, constant_values=4)  # the outermost pixel is taken
         self.empty_near = widened(self.empty, margin)[margin:-margin, margin:-margin]
 
-kit = lru_cache(None)(Kit)  # (side, margin) -> Kit
+kit: Callable[[int, int], Kit] = lru_cache(None)(Kit)  # (side, margin) -> Kit
 
 # %% ../nbs/14_pathfinder.ipynb #050f1dd3
-def place(canvas, stamps, row, y, x):
+def place(canvas: Any, stamps: Any, row: Any, y: Any, x: Any) -> Any:
     "Indices into the flat canvases `(B, n, n)` of a stamp in each `row` at `(y, x)`: `(b, k, k)`."
     import numpy as np
     n, k = canvas.shape[1], np.arange(stamps.shape[1]) - stamps.shape[1] // 2
     return (row * n * n + y * n + x)[:, None, None] + (k[:, None] * n + k)
 
 # %% ../nbs/14_pathfinder.ipynb #72eecc9b
-def lay(canvas, stamps, kind, row, y, x):
+def lay(canvas: Any, stamps: Any, kind: Any, row: Any, y: Any, x: Any) -> None:
     "Lay stamp `kind` in each `row` at `(y, x)`; where it meets what is there, the larger value stays."
     import numpy as np
     flat, at = canvas.reshape(-1), place(canvas, stamps, row, y, x)
@@ -103,30 +106,32 @@ def lay(canvas, stamps, kind, row, y, x):
 # %% ../nbs/14_pathfinder.ipynb #2c111859
 class Ground:
     "What is taken, in a stack of pictures."
+    kit: Kit; taken: Any; near: Any  # arrays `(n, side, side)` with borders
+
     def __init__(self, kit: Kit, n: int):
         import numpy as np
         self.kit, self.taken, self.near = kit, np.repeat(kit.empty[None], n, 0), np.repeat(kit.empty_near[None], n, 0)
 
-    def take(self, row, kind, y, x):
+    def take(self, row: Any, kind: Any, y: Any, x: Any) -> None:
         "Take the ground of a paddle in each row."
         lay(self.taken, self.kit.ground, kind, row, y, x); lay(self.near, self.kit.near, kind, row, y, x)
 
-    def clash(self, row, kind, y, x):  # `(b,)`
+    def clash(self, row: Any, kind: Any, y: Any, x: Any) -> Any:  # `(b,)`
         "Whether a paddle would lie on a pixel that is wholly taken, with one that it wholly takes."
         return (self.taken.reshape(-1)[place(self.taken, self.kit.ground, row, y, x)] + self.kit.ground[kind]).max((1, 2)) > 7  # quarters, of two wholes
 
 # %% ../nbs/14_pathfinder.ipynb #2a9ea02e
 class Contours(NamedTuple):
     "One contour in each of some pictures."
-    paddles: list  # of (kind, y, x): stamp and place, `(b,)` each
-    pivot: tuple  # (y, x), `(b,)` each: a margin before the near end of the last paddle
-    angle: object  # `(b,)`: its direction
+    paddles: list[tuple[Any, ...]]  # of (kind, y, x): stamp and place, `(b,)` each
+    pivot: tuple[Any, ...]  # (y, x), `(b,)` each: a margin before the near end of the last paddle
+    angle: Any  # `(b,)`: its direction
 
-    def rows(self, keep):
+    def rows(self, keep: Any) -> "Contours":
         "Those of some of the pictures."
         return Contours([tuple(t[keep] for t in p) for p in self.paddles], tuple(t[keep] for t in self.pivot), self.angle[keep])
 
-def begin(kit: Kit, kind, y, x) -> Contours:
+def begin(kit: Kit, kind: Any, y: Any, x: Any) -> Contours:
     "Contours of one paddle, which begins at `(y, x)`."
     import numpy as np
     a = kit.angles[kind]
@@ -136,9 +141,9 @@ def begin(kit: Kit, kind, y, x) -> Contours:
 def extend(
     ground: Ground,
     contours: Contours,  # one in each row
-    row,  # of the ground `(b,)`
-    random,  # numpy RandomState
-) -> tuple:  # which could be extended `(b,)`, all contours with one paddle more (meaningless where they could not)
+    row: Any,  # of the ground `(b,)`
+    random: Any,  # numpy RandomState
+) -> tuple[Any, Contours]:  # which could be extended `(b,)`, all contours with one paddle more (meaningless where they could not)
     "One paddle more."
     import numpy as np
     kit = ground.kit
@@ -163,8 +168,8 @@ def extend(
 def two_contours(
     kit: Kit,
     n: int,  # attempts
-    random,  # numpy RandomState
-) -> tuple:  # Ground of the attempts that succeeded, their two Contours
+    random: Any,  # numpy RandomState
+) -> tuple[Ground, list[Contours]]:  # Ground of the attempts that succeeded, their two Contours
     "Grow both contours in many pictures; most attempts fail."
     import numpy as np
     s, row, ground = kit.setting, np.arange(n), Ground(kit, n)
@@ -183,9 +188,9 @@ def two_contours(
 # %% ../nbs/14_pathfinder.ipynb #32a7f1c1
 def distract(
     ground: Ground,
-    row,  # pictures `(b,)` that shall get one
-    random,  # numpy RandomState
-) -> tuple:  # pictures that got one, their Contours
+    row: Any,  # pictures `(b,)` that shall get one
+    random: Any,  # numpy RandomState
+) -> tuple[Any, Contours]:  # pictures that got one, their Contours
     "One attempt at a distractor in each of some pictures."
     import numpy as np
     kit, asked, before = ground.kit, row, (ground.taken[row], ground.near[row])
@@ -206,18 +211,18 @@ def distract(
 # %% ../nbs/14_pathfinder.ipynb #7c410c1e
 class Scenes(NamedTuple):
     "Pictures, and how they came about."
-    pictures: object  # uint8 `(N, side, side)`
-    labels: object  # `(N,)`: 1 if both dots lie on one contour
-    undotted: object  # the pictures without dots
-    contours: list  # the two Contours
-    distractors: list  # of (rows, Contours)
-    dots: object  # `(N, 2, 2)`: places (y, x) of the two dots, in pixels
+    pictures: Any  # uint8 `(N, side, side)`
+    labels: Any  # `(N,)`: 1 if both dots lie on one contour
+    undotted: Any  # the pictures without dots
+    contours: list[Contours]  # the two Contours
+    distractors: list[tuple[Any, Contours]]  # of (rows, Contours)
+    dots: Any  # `(N, 2, 2)`: places (y, x) of the two dots, in pixels
 
 def scenes(
     side: int,  # 32 or 128
     margin: int,  # one of the setting's
     attempts: int,  # how many pictures are begun; few are finished
-    random,  # numpy RandomState
+    random: Any,  # numpy RandomState
 ) -> Scenes:
     """Draw pictures of Pathfinder (32) or Path-X (128).
 
@@ -257,7 +262,7 @@ def write_folder(
     top: Path,  # of the official layout
     side: int,
     seed: int,
-    job: tuple,  # (number of the folder, pictures in it)
+    job: tuple[int, int],  # (number of the folder, pictures in it)
 ) -> int:  # pictures
     "Draw one folder of pictures, and its text file last."
     import numpy as np
@@ -288,7 +293,7 @@ def write_pathfinder(
     size: int = 160_000,  # training pictures; a quarter as many are added for validation and test
     seed: int = 0,
     jobs: int | None = None,  # processes; by default one per core
-):
+) -> None:
     "Generate Pathfinder in the official layout; goes on where it was cut. The same arguments give the same files."
     for _ in in_parallel(partial(write_folder, Path(top), side, seed), folders(size), jobs): pass
 

@@ -7,12 +7,13 @@ __all__ = ['PROBES', 'SMALL', 'TASKS', 'motif', 'needle', 'recall', 'copying', '
 
 # %% ../nbs/18_probes.ipynb #e1d7e38d
 import torch
+from typing import Any, Callable
 from torch import randint
 from .data import TASKS, Batch, Task
 from .las import check_choice
 
 # %% ../nbs/18_probes.ipynb #192e67a1
-def motif(n, L, generator):
+def motif(n: int, L: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Which order of three neighbours is most frequent? `(n, L)` tokens, `(n,)` labels, `(n, L)` mask of what decides."
     orders = torch.tensor([[8, 9, 10], [8, 10, 9], [9, 8, 10], [9, 10, 8], [10, 8, 9], [10, 9, 8]])
     slots, y = L // 16, randint(6, (n,), generator=generator)
@@ -23,7 +24,7 @@ def motif(n, L, generator):
     return x, y, x >= 8
 
 # %% ../nbs/18_probes.ipynb #43e205eb
-def needle(n, L, generator):
+def needle(n: int, L: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Which token follows the mark, wherever it is? Tokens, labels and mask as from `motif`."
     y, at = randint(8, (n,), generator=generator), randint(L - 2, (n, 1), generator=generator)
     x = randint(8, (n, L), generator=generator).scatter(1, at, 8).scatter(1, at + 1, y[:, None])
@@ -32,7 +33,7 @@ def needle(n, L, generator):
     return x, y, (i == at) | (i == at + 1)
 
 # %% ../nbs/18_probes.ipynb #8f197493
-def recall(n, L, generator, apart=False):
+def recall(n: int, L: int, generator: torch.Generator, apart: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Which value belongs to the key at the end? Values follow their keys at once, or (apart) eight steps behind. As from `motif`."
     keys, values = torch.rand(n, 16, generator=generator).argsort(1)[:, :8], randint(8, (n, 8), generator=generator)
     if apart: at, behind = randint(L - 16, (n, 1), generator=generator) + torch.arange(8), 8  # (n, 8)
@@ -44,7 +45,7 @@ def recall(n, L, generator, apart=False):
     return x, values.gather(1, asked)[:, 0], (i == place) | (i == place + behind) | (i == L - 1)
 
 # %% ../nbs/18_probes.ipynb #aaa0ec16
-def copying(n, L, generator):
+def copying(n: int, L: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Which symbol stood at the place that the last token names? As from `motif`."
     symbols, place = randint(8, (n, 8), generator=generator), randint(8, (n, 1), generator=generator)
     x, i = torch.full((n, L), 8), torch.arange(L)
@@ -52,19 +53,19 @@ def copying(n, L, generator):
     return x, symbols.gather(1, place)[:, 0], (i == place) | (i == L - 1)
 
 # %% ../nbs/18_probes.ipynb #ddadfc55
-def apart(n, L, generator):
+def apart(n: int, L: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "As recall, with every value eight steps behind its key."
     return recall(n, L, generator, apart=True)
 
-PROBES = dict(motif=motif, needle=needle, recall=recall, apart=apart, copying=copying)  # name -> (n, L, generator) -> tokens, labels, mask of what decides
+PROBES: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = dict(motif=motif, needle=needle, recall=recall, apart=apart, copying=copying)  # name -> (n, L, generator) -> tokens, labels, mask of what decides
 
 def probe(
     name: str,  # a key of PROBES
     length: int = 64,  # steps per sequence
     limit: int | None = None,  # no more training or test sequences than this
     seed: int = 0,
-    **_,  # what other tasks take: sample
-) -> dict:  # "train" 4,000, "valid" 400 and "test" 1,000 sequences, drawn apart
+    **_: Any,  # what other tasks take: sample
+) -> dict[str, Batch]:  # "train" 4,000, "valid" 400 and "test" 1,000 sequences, drawn apart
     "The splits of a probe; raises `ValueError` for an unknown name or sequences that are too short."
     check_choice("probe", name, tuple(PROBES))
     if length < 32: raise ValueError(f"probes need sequences of 32 steps at least; got length {length}")
@@ -76,7 +77,7 @@ def probe(
 # %% ../nbs/18_probes.ipynb #b669d7cb
 SMALL = dict(dim=32, depth=2, norm="layer", epochs=10, batch_size=32, lr=4e-3)
 
-def probe_task(name, n_classes, vocab, **preset):
+def probe_task(name: str, n_classes: int, vocab: int, **preset: Any) -> Task:
     "A probe as a task, with a small recipe."
     return Task(lambda root, **options: probe(name, **options), n_classes, vocab=vocab, max_len=64, any_length=True, presets=dict(fast=SMALL | preset))
 

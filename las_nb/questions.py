@@ -39,7 +39,7 @@ def lengths_main(
     name: str = "lengths",  # of the results file
     results: str = "nbs/results",  # its folder
     cpu: bool = False,  # leave the GPU alone
-):
+) -> None:
     "Test trained models on sequences longer than those they were trained on; what has been measured stays, until its file is deleted."
     def call():
         try: wanted = [int(s) for s in lengths.split(",")]

@@ -8,6 +8,7 @@ __all__ = ['load_results', 'score_table', 'expected', 'judge']
 # %% ../nbs/11_smnist.ipynb #b07a348e
 import json, math, statistics
 from pathlib import Path
+from typing import Any
 from .digits import groups, mean_range
 from .train import TrainingError
 
@@ -15,7 +16,7 @@ from .train import TrainingError
 def load_results(
     folder: str | Path,  # such as nbs/results
     pattern: str,  # such as "smnist-short-*"
-) -> list[dict]:  # records, as las_experiments writes them
+) -> list[dict[str, Any]]:  # records, as las_experiments writes them
     "All results files of a kind; raises `TrainingError` for a file that is none."
     runs = []
     for path in sorted(Path(folder).glob(f"{pattern}.json")):
@@ -25,7 +26,7 @@ def load_results(
 
 # %% ../nbs/11_smnist.ipynb #311bb487
 def score_table(
-    runs: list[dict],  # records of one task
+    runs: list[dict[str, Any]],  # records of one task
 ) -> str:  # Markdown
     "Accuracy with its range over seeds, parameters, and cost, as a Markdown table."
     rows = ["| model | seeds | test accuracy (%) | validation (%) | parameters | s per epoch | tokens/s | GPU memory (GiB) |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
@@ -37,10 +38,10 @@ def score_table(
 
 # %% ../nbs/11_smnist.ipynb #d3843fda
 def expected(
-    runs: list[dict],  # records of one kind: same command, different seeds
+    runs: list[dict[str, Any]],  # records of one kind: same command, different seeds
     curve: str = "loss",  # "loss" (nats), "train" or "valid" (percent)
     tolerance: float = .25,  # the range is widened by this share of its mean (of the error, for accuracies)
-) -> list[tuple]:  # (low, high) for every epoch
+) -> list[tuple[float, float]]:  # (low, high) for every epoch
     """Between which values a curve should run.
 
     Raises `ValueError` when there is no run to learn from."""
@@ -53,8 +54,8 @@ def expected(
 
 # %% ../nbs/11_smnist.ipynb #33327c98
 def judge(
-    record: dict,  # of a run, as in its results.json
-    runs: list[dict],  # records on file
+    record: dict[str, Any],  # of a run, as in its results.json
+    runs: list[dict[str, Any]],  # records on file
     tolerance: float = .25,  # see expected
 ) -> str:
     "Whether the loss of a run is where it should be, in one line; compares with runs of the same recipe but for the seed."

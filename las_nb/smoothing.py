@@ -47,7 +47,7 @@ def key_mask(
     lengths: torch.Tensor,  # true lengths `(B,)`, whole numbers from 1 to L
     B: int,  # number of sequences
     L: int,  # padded length
-    device=None,  # where the mask is used; by default where `lengths` lies
+    device: torch.device | str | None = None,  # where the mask is used; by default where `lengths` lies
 ) -> torch.Tensor:  # boolean `(B, L)`, True = real token
     """Which positions of a right-padded batch are real.
 
@@ -62,7 +62,7 @@ def key_mask(
     return torch.arange(L, device=lengths.device) < lengths[:, None]  # (L,) < (B, 1)
 
 # %% ../nbs/04_smoothing.ipynb #6b8d77c5
-def real_keys(x, lengths):
+def real_keys(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     "Ones where the keys on the last axis of `x` `(B, ..., L)` are real: `(L,)`, or `(B, 1, ..., L)` with `lengths`."
     if lengths is None: return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
     return key_mask(lengths, x.shape[0], x.shape[-1], x.device).view(x.shape[0], *[1] * (x.ndim - 2), -1).to(x.dtype)

@@ -15,6 +15,7 @@ import argparse, ast, dataclasses, fnmatch, gc, hashlib, importlib, importlib.ut
 import torch, torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Callable, NoReturn
 from fastcore.basics import patch
 from fastcore.docments import docments
 from fastcore.script import call_parse
@@ -66,7 +67,7 @@ class Recipe:
     length: int | None = None  # steps per sequence, in tasks that let one choose
     preset: str = "fast"  # which of the task's presets these settings depart from: fast, paper, short or smoke
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value, kinds = getattr(self, f.name), typing.get_args(f.type) or (f.type,)
             if float in kinds and type(value) is int: setattr(self, f.name, float(value))
@@ -88,7 +89,7 @@ class Recipe:
 # %% ../nbs/10_train.ipynb #9f18afdf
 LAS_OPTIONS = set(inspect.signature(every_mixer()["las"]).parameters) - {"dim", "n_heads", "causal"}  # fields that only LaS has
 
-def mixer_arguments(recipe) -> dict:  # name -> value
+def mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
     "What the recipe says to its mixer alone; raises `ValueError` for what cannot be read or is no option."
     mixer, given = "las" if recipe.model == "plain" else recipe.model, {}
     takes = inspect.signature(every_mixer()[mixer]).parameters
@@ -103,19 +104,19 @@ def mixer_arguments(recipe) -> dict:  # name -> value
     return given
 
 # %% ../nbs/10_train.ipynb #c51291bd
-PRESETS = {"digits": dict(dim=48, norm="layer", max_rate=.3, epochs=30, batch_size=32, lr=4e-3), "smnist": dict(), "pmnist": dict()}
+PRESETS: dict[str, dict[str, Any]] = {"digits": dict(dim=48, norm="layer", max_rate=.3, epochs=30, batch_size=32, lr=4e-3), "smnist": dict(), "pmnist": dict()}
 
 # %% ../nbs/10_train.ipynb #d5554e59
 def presets(
     task: str,  # a key of every_task()
-) -> dict:  # name -> fields of Recipe
+) -> dict[str, dict[str, Any]]:  # name -> fields of Recipe
     "All presets of a task."
     return {"fast": PRESETS.get(task, {})} | every_task()[task].presets
 
 # %% ../nbs/10_train.ipynb #39606c2d
 def preset(
     task: str,  # a key of every_task()
-    **changes,  # fields of Recipe that shall differ from the preset; one of them, preset, names another
+    **changes: Any,  # fields of Recipe that shall differ from the preset; one of them, preset, names another
 ) -> Recipe:
     """The recipe of a task, with changes.
 
@@ -183,7 +184,7 @@ def plateau_drops(
 def parameter_groups(
     model: torch.nn.Module,
     weight_decay: float,  # for parameters with two axes or more
-) -> list[dict]:  # for AdamW
+) -> list[dict[str, Any]]:  # for AdamW
     "Parameters that decay, and those that do not."
     slow = [p for p in model.parameters() if getattr(p, "slow", False)]
     rest = [p for p in model.parameters() if not getattr(p, "slow", False)]
@@ -229,7 +230,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((p for p in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", p.name) and p.is_dir()), key=lambda p: int(p.name[11:]))
 
 # %% ../nbs/10_train.ipynb #829e1bc8
-def sync(folder: Path):
+def sync(folder: Path) -> None:
     "Make the names in a folder survive a power cut, where the system can."
     try: handle = os.open(folder, os.O_RDONLY)
     except OSError: return  # Windows does not open folders
@@ -239,8 +240,8 @@ def sync(folder: Path):
 # %% ../nbs/10_train.ipynb #7279a17f
 def save_checkpoint(
     out: Path,  # folder of the run
-    tensors: dict,  # name -> tensor
-    facts: dict,  # what JSON can hold
+    tensors: dict[str, torch.Tensor],  # name -> tensor
+    facts: dict[str, Any],  # what JSON can hold
     most: int = 14_000_000,  # bytes per file, unless a single tensor is larger
 ) -> Path:
     "Write a checkpoint aside, rename it, remove older ones; the one before stays if both take less than 60 MB."
@@ -272,7 +273,7 @@ def save_checkpoint(
 # %% ../nbs/10_train.ipynb #bb34463f
 def load_checkpoint(
     folder: Path,  # as from checkpoints
-) -> tuple[dict, dict]:  # tensors, facts
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors, facts
     "Read a checkpoint back; raises `TrainingError` when a file is missing or not what was written."
     from safetensors.torch import load
     facts, tensors = read_facts(folder), {}
@@ -280,12 +281,12 @@ def load_checkpoint(
     return tensors, facts
 
 # %% ../nbs/10_train.ipynb #3c012c73
-def read_facts(folder: Path) -> dict:
+def read_facts(folder: Path) -> dict[str, Any]:
     "What a checkpoint says apart from its tensors."
     return json.loads(verified(folder / "state.json", (folder / "state.sha256").read_text() if (folder / "state.sha256").exists() else ""))
 
 # %% ../nbs/10_train.ipynb #8317a855
-def verified(path, digest):
+def verified(path: Path, digest: str) -> bytes:
     "The content of a file; raises `TrainingError` when it is not what was written."
     try: content, why = path.read_bytes(), "it is not what was written"
     except OSError as e: content, why = b"", e.strerror
@@ -296,7 +297,8 @@ def verified(path, digest):
 # %% ../nbs/10_train.ipynb #1a370484
 class Stopped(Exception):
     "A run was cut, by a signal (its `number`) or by the clock (None); its state is saved."
-    def __init__(self, message, number=None): super().__init__(message); self.number = number
+    number: int | None
+    def __init__(self, message: str, number: int | None = None): super().__init__(message); self.number = number
 
 # %% ../nbs/10_train.ipynb #a600605d
 class Trainer:
@@ -304,6 +306,13 @@ class Trainer:
 
     Raises `TrainingError` when it cannot start: the folder cannot be written or is in use, or its checkpoint is damaged.
     Works under `accelerate launch` and torchrun on several devices."""
+    recipe: Recipe; out: Path; save_minutes: float; deadline: float | None; progress: bool; name: str; tensorboard: bool; compile: bool
+    model: LaSTransformer; net: Any; optimizer: Any; accelerator: Any; device: torch.device; world: int; rank: int; lock: Any
+    data: dict[str, Batch | Sequences]; steps: int; epoch: int; step: int; seconds: float; tokens: int; peak: int; curve: dict[str, list[float]]
+    signal: int | None; asked: int; checked: int; commits: list[str]; devices: list[str]; precisions: list[str]
+    sums: torch.Tensor; labels: str; saved_at: float
+    run: Callable[[], dict[str, Any]]; evaluate: Callable[[str], float]  # methods that cells below add
+
     def __init__(
         self,
         recipe: Recipe,
@@ -340,7 +349,7 @@ class Trainer:
             if self.lock: self.lock.release()
             raise
 
-    def first(self, work):
+    def first(self, work: Callable[[], Any]) -> None:
         "Let the first process do something; what it cannot do, all cannot."
         problem = None
         if self.rank == 0:
@@ -351,7 +360,7 @@ class Trainer:
             [problem] = broadcast_object_list([problem])
         if problem: raise problem
 
-    def prepare(self, root):
+    def prepare(self, root: str | Path | None) -> None:
         "Load the data, wrap the model, and go to where the last checkpoint was written."
         recipe = self.recipe
         self.data = load_task(recipe.task, root, self.device, recipe.limit, recipe.sample, length=recipe.length)
@@ -373,7 +382,7 @@ class Trainer:
             if value not in getattr(self, known): getattr(self, known).append(value)
         self.saved_at = time.monotonic()
 
-    def claim(self):
+    def claim(self) -> None:
         "Make the folder and keep other processes out of it."
         from filelock import FileLock, Timeout
         try:
@@ -387,11 +396,13 @@ class Trainer:
         except OSError as e: raise CannotWrite(f"cannot write to {self.out} ({e.strerror}); choose another folder with --out") from None
 
     @property
-    def done(self): return self.epoch * self.steps + self.step  # steps so far
+    def done(self) -> int:
+        "Steps so far."
+        return self.epoch * self.steps + self.step
 
 # %% ../nbs/10_train.ipynb #c75070b1
 @patch
-def save(self: Trainer):
+def save(self: Trainer) -> None:
     "Write a checkpoint; the run can go on from it bit for bit."
     loss, hits, tokens, right, norm, worst = self.look()
     if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all(): raise NotFinite(f"the weights are not finite after step {self.done}; try a smaller --lr")
@@ -411,7 +422,7 @@ def save(self: Trainer):
 
 # %% ../nbs/10_train.ipynb #4a0b93fb
 @patch
-def restore(self: Trainer, folder):
+def restore(self: Trainer, folder: Path) -> None:
     "Go to where a checkpoint was written."
     tensors, facts = load_checkpoint(folder)
     if facts.get("labels", self.labels) != self.labels: raise TrainingError(f"{folder} was trained on other data than those that are found now; bring the old ones back, or choose another folder with --out")
@@ -438,7 +449,7 @@ def memory(self: Trainer) -> int:  # bytes
 
 # %% ../nbs/10_train.ipynb #0d1fe658
 @patch
-def learn(self: Trainer, batch: Batch):
+def learn(self: Trainer, batch: Batch) -> None:
     "One step of AdamW on this process's share of a batch."
     r, n = self.recipe, len(self.data["train"].labels)
     whole = min(r.batch_size, n - self.step * r.batch_size)  # sequences in the batch, over all processes
@@ -462,13 +473,13 @@ def learn(self: Trainer, batch: Batch):
 
 # %% ../nbs/10_train.ipynb #a71bc87b
 @patch
-def rate(self: Trainer, step):
+def rate(self: Trainer, step: int) -> float:
     "The learning rate of a step of this run."
     return learning_rate(self.recipe, step, self.recipe.epochs * self.steps, plateau_drops(self.curve["valid"], self.recipe.patience))
 
 # %% ../nbs/10_train.ipynb #f608d4db
 @patch
-def look(self: Trainer) -> tuple:  # of the epoch so far: loss (summed), hits, tokens, hits of an evaluation under way, largest gradient, largest loss of a batch; over all processes
+def look(self: Trainer) -> tuple[float, ...]:  # of the epoch so far: loss (summed), hits, tokens, hits of an evaluation under way, largest gradient, largest loss of a batch; over all processes
     "Read the sums; raise `NotFinite` when a loss or a gradient was not finite."
     loss, hits, bad, tokens, right, norm, worst = zip(*self.accelerator.gather(self.sums[None]).tolist())  # (processes, 7)
     if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 2 ** -10: bad = bad or (self.done,)
@@ -481,7 +492,7 @@ def look(self: Trainer) -> tuple:  # of the epoch so far: loss (summed), hits, t
 
 # %% ../nbs/10_train.ipynb #ce908b09
 @patch
-def pause(self: Trainer):
+def pause(self: Trainer) -> None:
     "Save when it is time; save and raise `Stopped` when the run must end."
     self.asked += 1
     if self.world > 1 and self.asked % 4: return  # asking the others takes time
@@ -498,7 +509,7 @@ def pause(self: Trainer):
 
 # %% ../nbs/10_train.ipynb #3c2e2589
 @patch
-def train_epoch(self: Trainer, bar) -> tuple:  # as look
+def train_epoch(self: Trainer, bar: Any) -> tuple[float, ...]:  # as look
     "The steps of this epoch that are still to do."
     order = reading_order(self.data["train"], self.recipe.batch_size, self.recipe.seed, self.epoch)
     order = order % max(1, round(self.recipe.share * len(order)))
@@ -541,7 +552,7 @@ def evaluate(self: Trainer, part: str) -> float:  # percent
 
 # %% ../nbs/10_train.ipynb #bfdcbb4f
 @patch
-def run(self: Trainer) -> dict:  # the record: what results.json holds
+def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
     "Train to the end, test, and write weights, curves and results."
     from tqdm import tqdm
     r, n = self.recipe, len(self.data["train"].labels)
@@ -567,20 +578,23 @@ def run(self: Trainer) -> dict:  # the record: what results.json holds
 
 # %% ../nbs/10_train.ipynb #a704acc2
 @patch
-def log(self: Trainer, values):
+def log(self: Trainer, values: dict[str, float]) -> None:
+    "Write values by name into event files, if there are to be any."
     if self.tensorboard: self.accelerator.log(values, step=self.done)
 
 # %% ../nbs/10_train.ipynb #0795f470
 class listening:
     "While it lasts, SIGTERM and Ctrl-C make the trainer save and stop; a second one stops it at once."
-    def __init__(self, trainer): self.trainer = trainer
-    def note(self, number, frame):
+    trainer: Trainer; old: dict[int, Any]
+    def __init__(self, trainer: Trainer): self.trainer = trainer
+    def note(self, number: int, frame: Any) -> None:
+        "What a signal does."
         if self.trainer.signal: raise KeyboardInterrupt
         self.trainer.signal = number
-    def __enter__(self):
+    def __enter__(self) -> None:
         main = threading.current_thread() is threading.main_thread()
         self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self.old.items(): signal.signal(number, handler)
 
 # %% ../nbs/10_train.ipynb #f5b6d981
@@ -589,7 +603,7 @@ def attention_entropy(
     model: LaSTransformer,
     split: Batch | Sequences,  # the first eight sequences are looked at
     longest: int = 1024,  # steps; above, matrices are not written down
-) -> list | None:  # `[block][head]`, from 0 to 1; None for other layers, pairs and long sequences
+) -> list[list[float]] | None:  # `[block][head]`, from 0 to 1; None for other layers, pairs and long sequences
     "Entropy of attention rows, as a share of the largest that is possible, mean over queries."
     batch = split.first(8).rows(slice(None))
     if model.pairs or batch.inputs.shape[1] > longest or not all(hasattr(b.mixer, "weights") for b in model.blocks): return None
@@ -605,7 +619,7 @@ def attention_entropy(
 
 # %% ../nbs/10_train.ipynb #477eac0b
 @patch
-def record(self: Trainer, test: float) -> dict:
+def record(self: Trainer, test: float) -> dict[str, Any]:
     "What is worth keeping of a finished run: accuracies in percent, losses in nats, memory in bytes; by epoch also the largest norm of a gradient before it was clipped, and the largest loss of a batch."
     r = self.recipe
     return dict(name=self.name, command=command_line(r), commit=", ".join(self.commits), task=r.task, model=r.model, positions=r.positions, seed=r.seed,
@@ -618,14 +632,14 @@ def record(self: Trainer, test: float) -> dict:
 
 # %% ../nbs/10_train.ipynb #6d6ed987
 @patch
-def trivial_scores(self: Trainer) -> dict:  # name -> percent
+def trivial_scores(self: Trainer) -> dict[str, float]:  # name -> percent
     "What readers that do not read get on the same test set."
     readers = {"majority class": None} | every_task()[self.recipe.task].readers
     return {name: trivial(self.data["train"], self.data["test"], reader) for name, reader in readers.items()}
 
 # %% ../nbs/10_train.ipynb #e3038c2e
 @patch
-def write(self: Trainer, record):
+def write(self: Trainer, record: dict[str, Any]) -> None:
     "Weights, recipe, curves, results; then the checkpoints have served."
     try:
         self.model.save_pretrained(self.out)
@@ -637,7 +651,7 @@ def write(self: Trainer, record):
         raise CannotWrite(f"cannot write the results to {self.out} ({e.strerror}); the last checkpoint is whole: make room, then go on with --resume") from None
 
 # %% ../nbs/10_train.ipynb #38348cd2
-def draw_curves(record: dict) -> bytes:  # a PNG
+def draw_curves(record: dict[str, Any]) -> bytes:  # a PNG
     "Loss and accuracy by epoch."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 3.2), layout="constrained", facecolor="white")
@@ -657,9 +671,9 @@ def train(
     out: str | Path | None = None,  # folder of the run; by default `runs/` and its name
     resume: bool = False,  # go on with the run in `out`, if there is one
     name: str | None = None,  # of the record; by default task, model, positions and seed
-    options: dict | None = None,  # arguments of Trainer: root, cpu, precision, compile, tensorboard, save_minutes, deadline, progress
-    **changes,  # fields of Recipe
-) -> dict:  # the record
+    options: dict[str, Any] | None = None,  # arguments of Trainer: root, cpu, precision, compile, tensorboard, save_minutes, deadline, progress
+    **changes: Any,  # fields of Recipe
+) -> dict[str, Any]:  # the record
     """Train one model, or go on with a run that was cut; a finished one is only read.
 
     Raises `ValueError` for a wrong option, `TrainingError` or `DataError` when the run cannot start or go on, and
@@ -721,15 +735,17 @@ def score(
 # %% ../nbs/10_train.ipynb #41f2bea6
 class Parser(argparse.ArgumentParser):
     "Refuses in one line."
-    def error(self, message): refuse(message)
+    def error(self, message: str) -> NoReturn:
+        "End with the message, without the usage."
+        refuse(message)
 
-def options_of(thing, skip=()) -> dict:  # name -> (types, default, comment)
+def options_of(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, ...]]:  # name -> (types, default, comment)
     "The fields of a dataclass, or the arguments of a function, that have a default."
     comments = docments(thing)
     return {name: (typing.get_args(p.annotation) or (p.annotation,), p.default, comments.get(name) or "")
             for name, p in inspect.signature(thing).parameters.items() if name not in ("self", *skip) and p.default is not p.empty}
 
-def read_option(name, text, kinds):
+def read_option(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
     "The value of an option; raises `ValueError` for text that is none."
     if type(None) in kinds and text.lower() == "none": return None
     kind = next(k for k in kinds if k is not type(None))
@@ -747,12 +763,12 @@ def tidy(args: list[str], flags: list[str]) -> list[str]:
         tidied.append(name + eq + value if a.startswith("--") else a)
     return tidied
 
-def needs(*packages):
+def needs(*packages: str) -> None:
     "Refuse when a package of the training extra is missing."
     for p in packages:
         if not importlib.util.find_spec(p): refuse(f"{p} is missing; install the extra: pip install 'las_nb[train]'")
 
-def train_main(args: list[str] | None = None):
+def train_main(args: list[str] | None = None) -> None:
     "Command `las_train`."
     recipe, run = options_of(Recipe), options_of(Trainer.__init__, skip=("deadline", "progress", "name"))
     run |= {name: o for name, o in options_of(train).items() if name in ("out", "resume")}
@@ -775,13 +791,13 @@ def train_main(args: list[str] | None = None):
         if int(os.environ.get("RANK", 0)) == 0: print(f"{summary(record)}\nweights, curves.png and results.json in {where}")
     guarded(call, "go on with the same command and --resume")
 
-def summary(record):
+def summary(record: dict[str, Any]) -> str:
     "A finished run in one line."
     floor = "; ".join(f"{name} alone {percent:.1f} %" for name, percent in record.get("trivial", {}).items())  # older records have none
     return (f"{record['name']}{' (on a SAMPLE)' * record.get('sample', False)}: test {record['test']:.2f} %{f' ({floor})' * bool(floor)}, valid {record['valid']:.2f} % after {record['epochs']} epochs; {record['params']:,} parameters, "
             f"{record['seconds_per_epoch']:.1f} s per epoch, {record['tokens_per_s']:,.0f} tokens/s, {record['peak_memory'] / 2**30:.2f} GiB, {record['device']}")
 
-def guarded(call, advice):
+def guarded(call: Callable[[], Any], advice: str) -> Any:
     "Run a command; whatever ends it early ends in one line, told by the first process."
     if int(os.environ.get("RANK", 0)): sys.stderr = open(os.devnull, "w")
     try:
@@ -798,7 +814,7 @@ def guarded(call, advice):
     except OSError as e: refuse(f"{e.strerror or e}: {e.filename or ''}")
     except (RuntimeError, AssertionError) as e: refuse(trouble(e))
 
-def trouble(e) -> str:
+def trouble(e: BaseException) -> str:
     "What torch says, in one line."
     first = (str(e).splitlines() or [type(e).__name__])[0]
     full = any(s in str(e) for s in ("out of memory", "can't allocate", "ALLOC_FAILED"))
@@ -811,14 +827,14 @@ def eval_main(
     split: str = "test",  # train, valid or test
     root: str = None,  # folder of data files; by default LAS_NB_DATA, else the user's cache
     cpu: bool = False,  # leave the GPU alone
-):
+) -> None:
     "Accuracy of a stored model."
     needs("safetensors")
     percent, n = guarded(lambda: score(checkpoint, split, root, cpu), "")
     print(f"{checkpoint}: {split} {percent:.2f} % of {n:,} sequences")
 
 # %% ../nbs/10_train.ipynb #005079c6
-def experiments() -> dict:  # name -> arguments of preset
+def experiments() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
     "The runs of this book, in the order in which they are made."
     kinds = [dict(model=model, positions=positions) for model in ("plain", "las") for positions in (None, "sinusoidal")]
     arena = [dict(task=task, **kind) for task in ("listops", "image", "pathfinder", "text", "retrieval", "pathx") for kind in kinds[1:]]
@@ -834,7 +850,7 @@ def status(
     name: str,  # a key of `todo`
     out: Path,  # folder with the runs' folders
     results: Path,  # folder of results files
-    todo: dict | None = None,  # name -> arguments of preset; by default experiments()
+    todo: dict[str, dict[str, Any]] | None = None,  # name -> arguments of preset; by default experiments()
 ) -> tuple[str, str]:  # "finished", "failed", "cut" or "waiting"; details
     "How an experiment stands."
     try:
@@ -852,7 +868,7 @@ def status(
 
 # %% ../nbs/10_train.ipynb #5d0540f2
 def work_off(
-    todo: dict,  # name -> arguments of preset
+    todo: dict[str, dict[str, Any]],  # name -> arguments of preset
     action: str,  # list or run
     minutes: float | None = None,  # stop, with all saved, before so many minutes have passed
     only: str | None = None,  # name of one, or a pattern; also one that failed
@@ -862,7 +878,7 @@ def work_off(
     cpu: bool = False,  # leave the GPU alone
     compile: bool = False,  # torch.compile the models
     weights: bool = True,  # keep small weights of seed 0 beside the results?
-):
+) -> None:
     "The body of commands that have runs to make: list them, or make those that are not finished."
     out, results = Path(out), Path(results)
     guarded(lambda: check_choice("action", action, ("list", "run")), "")
@@ -916,7 +932,7 @@ def experiments_main(
     root: str = None,  # folder of data files; by default LAS_NB_DATA, else the user's cache
     cpu: bool = False,  # leave the GPU alone
     compile: bool = False,  # torch.compile the models
-):
+) -> None:
     "List the experiments of the book, or make the next ones."
     todo = experiments()
     for grid in sorted((Path(results).parent / "grids").glob("full*.toml")): todo |= guarded(lambda: importlib.import_module("las_nb.compare").read_grid(grid), "")

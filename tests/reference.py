@@ -27,7 +27,7 @@ def kind(anno):
     if anno in (EMPTY, None): return ""
     if isinstance(anno, str): return anno
     text = anno.__name__ if isinstance(anno, type) and not hasattr(anno, "__args__") else str(anno)
-    return re.sub(r"\b(?:torch|pathlib|typing|collections\.abc)\.(?:[\w.]*\.)?(?=\w)", "", text)
+    return re.sub(r"\b(?:torch|pathlib|typing|collections\.abc|las_nb)\.(?:[\w.]*\.)?(?=\w)", "", text)
 
 
 def code(text): return f"`{cell(text)}`" if text != "" else ""
