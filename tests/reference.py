@@ -25,9 +25,9 @@ def cell(text): return " ".join(str(text or "").split()).replace("|", r"\|")
 
 def kind(anno):
     if anno in (EMPTY, None): return ""
-    if isinstance(anno, str): return anno
+    if isinstance(anno, str): return anno.replace(" | ", " or ")
     text = anno.__name__ if isinstance(anno, type) and not hasattr(anno, "__args__") else str(anno)
-    return re.sub(r"\b(?:torch|pathlib|typing|collections\.abc|las_nb)\.(?:[\w.]*\.)?(?=\w)", "", text)
+    return re.sub(r"\b(?:torch|pathlib|typing|collections\.abc|las_nb)\.(?:[\w.]*\.)?(?=\w)", "", text).replace(" | ", " or ")  # a bar would end the cell
 
 
 def code(text): return f"`{cell(text)}`" if text != "" else ""
@@ -48,7 +48,7 @@ def table(f):
         rows.append(f"| {code(star + name)} | {code(kind(a['anno']))} | {code(default(a['default']))} | {cell(a['docment'])} |")
     back = args.get("return") or {}
     if back.get("docment") or kind(back.get("anno")): rows.append(f"| **returns** | {code(kind(back.get('anno')))} |  | {cell(back.get('docment'))} |")
-    return "\n".join(["| argument | type | default | meaning |", "|:--|:--|:--|:--|", *rows]) if rows else ""
+    return "\n".join(["| argument | type | default | meaning |", "|:----|:----|:---|:------------|", *rows]) if rows else ""
 
 
 def call(name, f):
@@ -123,7 +123,7 @@ def listing(names):
     "The list of all modules."
     rows = [f"| [{load(n).__name__}]({stem(n)}.qmd) | {cell(promise(c))} | [{title(c)}](../{c.name}) |" for n, c in names.items()]
     return "\n".join(['---\ntitle: "Reference"\ndescription: "Every public function and class, with its arguments, shapes and units."\n---\n',
-                      "| module | what for | page |", "|:--|:--|:--|", *rows]) + "\n"
+                      "| module | what for | page |", "|:---|:------|:---|", *rows]) + "\n"
 
 
 def stem(name): return name.strip("_") if name != "__init__" else "package"

@@ -143,7 +143,7 @@ def test_the_reference_is_the_library():
 def test_reference_tables_survive_types_with_bars():
     from las_nb.model import LaSAttention
     rows = reference.table(LaSAttention.__init__).splitlines()
-    assert all(len(re.split(r"(?<!\\)\|", r)) == 6 for r in rows) and any("float \\| None" in r for r in rows)
+    assert all(len(re.split(r"(?<!\\)\|", r)) == 6 for r in rows) and any("`float or None`" in r for r in rows)
 
 
 @pytest.mark.parametrize("name", sorted(reference.write()))
