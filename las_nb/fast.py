@@ -424,7 +424,7 @@ def join_groups(groups: list[Group], fits: Callable[[Band, int], bool], price: C
         if heads := tuple(h for g in groups if g.method == method for h in g.heads): joined.append(Group(method, heads))
     for g in (g for g in groups if g.band):
         last = joined[-1] if joined and joined[-1].band else None
-        both = last and last._replace(heads=last.heads + g.heads)
+        both = last and Group(last.method, last.heads + g.heads, last.band)
         if last and fits(last.band, g.heads[0]) and price(both) <= price(last) + price(g): joined[-1] = both
         else: joined.append(g)
     return joined
@@ -554,6 +554,7 @@ def las_fast(
     groups, kept = plan_call(q, k, speeds, method, tol, score_bound)
     if pool == "weights": v, window = smooth_values(v, window, causal, lengths), 1
     if causal: k, window = smooth_keys(k, rates, window), 1
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # torch's CPU kernel takes every row as dense, unchecked
     heads = [h for g in groups for h in g.heads]
     if heads != list(range(H)): q, k, v, rates = *(t[:, heads] for t in (q, k, v)), rates[heads]
     sizes = [len(g.heads) for g in groups]

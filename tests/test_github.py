@@ -83,9 +83,7 @@ def test_steps_call_what_is_there():
 def runs():
     "Every run of the test matrix: (system, Python, torch)."
     m = workflow("test")["jobs"]["test"]["strategy"]["matrix"]
-    full = [dict(os=o, python=p, torch=t) for o in m["os"] for p in m["python"] for t in m["torch"]]
-    return [(r["os"], r["python"], r["torch"]) for r in full if not any(all(r[k] == v for k, v in e.items()) for e in m["exclude"])] + [
-        (r["os"], r["python"], r["torch"]) for r in m["include"]]
+    return [(o, p, t) for o in m["os"] for p in m["python"] for t in m["torch"]]
 
 
 def test_matrix_covers_every_python_that_is_promised():
@@ -97,14 +95,14 @@ def test_matrix_covers_every_python_that_is_promised():
         for python in promised: assert len(ran_torch := [t for p, t in ran if p == python]) == 2 and "newest" in ran_torch, f"{system}, Python {python}: an oldest and the newest torch"
 
 
-@pytest.mark.parametrize("torch", ["oldest", "newest", "2.6.0"])
+@pytest.mark.parametrize("torch", ["oldest", "newest"])
 def test_the_oldest_torch_is_the_bound_of_settings(torch, tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     assert shell("test", "Which torch", tmp_path, "test", TORCH=torch).returncode == 0
     pin = (tmp_path / "constraints.txt").read_text().strip()
     bound = next(r for r in map(Requirement, settings()["requirements"].split()) if r.name == "torch").specifier
     lowest = next(s.version for s in bound if s.operator == ">=")
-    assert pin == dict(oldest=f"torch=={lowest}", newest="").get(torch, f"torch=={torch}")
+    assert pin == dict(oldest=f"torch=={lowest}", newest="")[torch]
     assert torch == "newest" or Version(pin.partition("==")[2]) in bound
     assert (tmp_path / "env").read_text() == f"PIP_CONSTRAINT={tmp_path}/constraints.txt\n"
 
