@@ -20,8 +20,9 @@ def site(tmp_path_factory):
 def browser():
     "Chromium without a window."
     api = pytest.importorskip("playwright.sync_api")
-    if not shutil.which("chromium"): pytest.skip("no Chromium")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found: pytest.skip("no Chromium")
     with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        b = p.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
         yield b
         b.close()
