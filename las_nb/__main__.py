@@ -74,4 +74,4 @@ def main() -> int:  # 0 if every device is well, else 1
     print(f"health: {'ok' if all(well) else 'NOT WELL'}; {'; '.join(words)}")
     return 0 if all(well) else 1
 
-if __name__ == "__main__" and globals().get("__package__") == "las_nb": sys.exit(main())
+if __name__ == "__main__" and globals().get("__package__") == "las_nb": sys.exit(main())  # a notebook is called __main__ too, but has no package

@@ -6,7 +6,7 @@
 __all__ = ['REFUSED', 'slide', 'share_heads', 'las_step', 'masked_las_attention', 'register_las']
 
 # %% ../nbs/21_adapt.ipynb #081ffdf5
-import torch
+import functools, torch
 from typing import Any
 from .attention import attention_scores, check_qkv, masked_softmax
 from .fast import las_attention
@@ -90,7 +90,7 @@ def masked_las_attention(
     return o if start is None else slide(o, -start)
 
 # %% ../nbs/21_adapt.ipynb #3e5d3741
-REFUSED = ("sliding_window", "softcap", "s_aux")  # what some models ask of their attention and LaS does not do
+REFUSED = ("sliding_window", "softcap", "s_aux", "cu_seq_lens_q")  # what some models ask of their attention and LaS does not do
 
 def register_las(
     name: str = "las",  # what set_attn_implementation will call it
@@ -103,10 +103,11 @@ def register_las(
     """Add LaS attention to the table of Hugging Face transformers, under `name`.
 
     Needs `transformers` (4.53 or newer). Models raise `ValueError` when they ask for attention dropout, sliding windows, soft
-    caps or sinks. Source of the interface: the transformers documentation, "Attention Interface"."""
+    caps, sinks or packed rows. Source of the interface: the transformers documentation, "Attention Interface"."""
     from transformers import AttentionInterface, AttentionMaskInterface  # when asked for: the library runs without
     from transformers.masking_utils import flash_attention_mask
-    decay_rates(1, max_rate, spacing); check_choice("pool", pool, POOLS)
+    rates = functools.cache(lambda n_heads: tuple(decay_rates(n_heads, max_rate, spacing).tolist()))
+    rates(1); check_choice("pool", pool, POOLS)
 
     def las(module, q, k, v, mask, scaling=None, dropout=0., is_causal=None, **kwargs):
         asked = [n for n in REFUSED if kwargs.get(n) is not None] + ["dropout"] * (dropout > 0)
@@ -114,8 +115,7 @@ def register_las(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if scaling is not None: q = q * (scaling * q.shape[-1] ** .5)  # LaS divides by sqrt(D) itself
         if mask is not None: k, v, mask = k[:, :, :mask.shape[-1]], v[:, :, :mask.shape[-1]], mask.bool()  # a fixed-size cache has empty places
-        rates = tuple(decay_rates(q.shape[1], max_rate, spacing).tolist())
-        o = masked_las_attention(q, k, v, rates, mask, window, pool, causal, **options)
+        o = masked_las_attention(q, k, v, rates(q.shape[1]), mask, window, pool, causal, **options)
         return o.transpose(1, 2).contiguous(), None  # (B, n, H, D)
 
     AttentionInterface.register(name, las)

@@ -55,10 +55,10 @@ def normalise(nb):
     return dict(nb, cells=cells, nbformat=4, nbformat_minor=5)
 
 
-def convert(source, kind, out):
-    "One page to HTML; bad TeX and other warnings fail."
+def convert(source, kind, proc, out):
+    "One page of `proc` to HTML; bad TeX and other warnings fail."
     import pypandoc
-    name = html_name(source.relative_to(source.parents[len(source.parts) - 1 - source.parts.index("_proc") - 1]))
+    name = html_name(source.relative_to(proc))
     (out / name).parent.mkdir(exist_ok=True)
     args = ["--standalone", "--mathml", "--fail-if-warnings", f"--css={'../' * name.count('/')}styles.css", f"--metadata=pagetitle:{source.stem}",
             "--metadata=lang:en", f"--extract-media=media/{source.stem}"]
@@ -73,11 +73,11 @@ def build(work):
     out, proc = work / "site", work / "_proc"
     out.mkdir()
     shutil.copy(NBS / "styles.css", out); shutil.copytree(NBS / "results", out / "results")
-    for path in sorted(proc.rglob("*.qmd")): convert(path, "markdown", out)
+    for path in sorted(proc.rglob("*.qmd")): convert(path, "markdown", proc, out)
     for path in sorted(proc.glob("*.ipynb")):
         nb = normalise(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(nb), encoding="utf-8")
-        convert(path, "ipynb", out)
+        convert(path, "ipynb", proc, out)
         front = "".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "raw")
         assert path.stem == "index" or f"output-file: {html_name(path.name)}" in front, f"nbdev gives {path.stem} another address"
     return out

@@ -195,6 +195,7 @@ def commands():
 def test_commands_on_pages_exist():
     "Commands, options, tasks, presets and files named on pages are real."
     from las_nb.data import every_task
+    from las_nb.train import presets
     found, help = commands(), {}
     assert len(found) > 30
     for name, rest in found:
@@ -204,6 +205,7 @@ def test_commands_on_pages_exist():
             if w.startswith("--"): assert re.search(rf"{w}\b", help[name]), f"{name} has no option {w}"
             if w.endswith(".toml"): assert (ROOT / w).exists(), f"{name} {rest}: there is no {w}"
         if name in ("las_train", "las_data") and words and words[0].islower() and words[0].isalpha(): assert words[0] in [*every_task(), "mnist"], f"{name} {rest}: there is no such task"
+        if "--preset" in words: assert words[words.index("--preset") + 1] in presets(words[0]), f"{name} {rest}: there is no such preset"
 
 
 def test_colab_cell_takes_pypi_else_the_repository(tmp_path):

@@ -33,7 +33,7 @@ function row(root, data) {
     const up = v => 90 - 80 * v;
     axes(svg, {left: 50, right: 670, top: 10, bottom: 90}, {x, y: up, xs: [], ys: [[0, "0"], [1, "1"]], xname: "", yname: "decay"});
     shape(svg, "polyline", {points: scores.map((_, j) => `${x(j)},${up(Math.exp(-a * Math.abs(i - j)))}`).join(" "), fill: "none", stroke: BLUE, "stroke-width": 2});
-    const top = Math.max(...weights, ...plain), y = v => 290 - 170 * v / top;
+    const top = Math.max(.35, ...weights), y = v => 290 - 170 * v / top;
     axes(svg, {left: 50, right: 670, top: 120, bottom: 290}, {x, y, xs: ticks, ys: [[0, "0"], [top, top.toFixed(2)]], xname: "key", yname: "weight"});
     shape(svg, "rect", {x: x(i) + 310 / L, y: 100, width: 670 - x(i) - 310 / L, height: 190, fill: RED, "fill-opacity": leaks ? .15 : .04});
     shape(svg, "text", {x: x(i) + 310 / L + 6, y: 114}, "the future");
