@@ -163,7 +163,7 @@ def load_task(
     sample: bool = False,  # the small set that `las_data --sample` makes, in place of the real one
     seed: int = 0,  # of data that are generated
     length: int | None = None,  # steps per sequence, in tasks that let one choose
-) -> "dict[str, Batch | Sequences]":  # "train", "valid", "test"
+) -> dict[str, Any]:  # "train", "valid", "test": each a Batch, or Sequences
     """The three splits of a task, on the device that trains.
 
     Raises `ValueError` for an unknown name and `DataError` when files are missing or damaged."""
@@ -176,7 +176,7 @@ def load_task(
 
 # %% ../nbs/09_data.ipynb #55e152ab
 def batches(
-    split: "Batch | Sequences",  # to cut up
+    split: Any,  # Batch or Sequences, to cut up
     size: int,  # sequences per batch, over all processes
     order: torch.Tensor | None = None,  # in which order `(N,)`; by default as they lie
     start: int = 0,  # first batch

@@ -1,7 +1,7 @@
 """The site without Quarto: what `make sync` rewrites and what the docs checks read.
 
-Run as a program it joins printed outputs, copies the repository's owner from settings.ini into badges and links,
-and makes README.md from nbs/index.ipynb."""
+Run as a program it joins printed outputs, writes the install cell and the line of links of every page, copies the repository's
+owner from settings.ini, writes the reference (reference.py), and makes README.md and its picture from nbs/index.ipynb."""
 import base64, json, re, sys
 from configparser import ConfigParser
 from pathlib import Path
