@@ -14,7 +14,7 @@ help:  ## this list
 train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a figure (about 4 minutes)
 	$(BIN)/las_digits
 
-test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 17 minutes)
+test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest
 
