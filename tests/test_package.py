@@ -159,6 +159,11 @@ def test_shipped_checkpoint_reads_digits():
     assert sum(f.stat().st_size for f in (folder / "digits-las").iterdir()) < 1_000_000
 
 
+def test_readme_states_the_lower_bound_of_torch():
+    bound = next(s.version for r in map(Requirement, settings()["requirements"].split()) if r.name == "torch" for s in r.specifier)
+    assert f"torch ({bound} or newer)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
     for target in ("train", "test", "lab", "docs"): assert f"make {target}" in done.stdout
