@@ -53,7 +53,8 @@ def table(f):
 
 def call(name, f):
     "`name(a, b=1)`: how it is called."
-    if inspect.isclass(f) and issubclass(f, Exception): return ""
+    if inspect.isclass(f) and not any({"__init__", "__new__"} & set(vars(c)) for c in f.__mro__ if c.__module__.startswith(pages.settings()["lib_name"])):
+        return f"```python\nclass {name}({', '.join(c.__name__ for c in f.__bases__)})\n```"  # made like its base, which is not ours
     out = []
     for p in inspect.signature(f).parameters.values():
         if p.name in ("self", "cls"): continue
