@@ -38,6 +38,8 @@ def describe(
     return f"{device} ({p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor})"
 
 # %% ../nbs/health.ipynb #690f8d70
+LIMIT = 1e-3  # of the error below, for a device that is well
+
 def health(
     device: str = "cpu",  # one of devices()
 ) -> float:  # largest difference to las_dense, of outputs and gradients, relative to the largest entry
@@ -53,9 +55,7 @@ def health(
             worst = max(worst, ((got - true).abs().max() / true.abs().max()).item())
     return worst
 
-# %% ../nbs/health.ipynb #7ec95772
-LIMIT = 1e-3
-
+# %% ../nbs/health.ipynb #9fb2087b
 def report(
     device: str,  # one of devices()
 ) -> tuple[bool, str]:  # is it well?, and a few words
