@@ -341,6 +341,7 @@ PAPER = dict(dim=256, depth=6, n_heads=8, max_rate=1e-3, lr=1e-3, weight_decay=.
 
 ARENA = dict(
     listops=dict(fast=FAST | dict(epochs=8), paper=PAPER | dict(prenorm=False, batch_size=32, epochs=40),
+                 cpu=dict(dim=80, depth=4, n_heads=4, feedforward=160, batch_size=32, lr=1e-3, epochs=6),
                  short=SHORT | dict(limit=2000, epochs=4), smoke=SMOKE | dict(limit=60)),
     image=dict(fast=FAST | dict(epochs=16), paper=PAPER | dict(dim=512, batch_size=50, epochs=200),
                short=SHORT | dict(limit=2000, epochs=4), smoke=SMOKE | dict(limit=120)),

@@ -8,7 +8,8 @@ __all__ = ['LAS_OPTIONS', 'PRESETS', 'Recipe', 'mixer_arguments', 'presets', 'pr
            'NotFinite', 'InUse', 'CannotWrite', 'checkpoints', 'sync', 'save_checkpoint', 'load_checkpoint',
            'read_facts', 'verified', 'Stopped', 'Trainer', 'listening', 'attention_entropy', 'draw_curves', 'train',
            'stored_recipe', 'load_run', 'score', 'Parser', 'options_of', 'read_option', 'tidy', 'needs', 'train_main',
-           'summary', 'guarded', 'trouble', 'eval_main', 'experiments', 'status', 'work_off', 'experiments_main']
+           'summary', 'guarded', 'trouble', 'eval_main', 'cpu_runs', 'rate_trials', 'experiments', 'status', 'work_off',
+           'experiments_main']
 
 # %% ../nbs/10_train.ipynb #1d1df0f6
 import argparse, ast, dataclasses, fnmatch, gc, hashlib, importlib, importlib.util, inspect, io, json, math, os, re, shutil, signal, sys, threading, time, typing, warnings
@@ -65,7 +66,7 @@ class Recipe:
     sample: bool = False  # train on the small set of las_data --sample
     share: float = 1.  # of the training set that is used; an epoch keeps its steps and reads it several times
     length: int | None = None  # steps per sequence, in tasks that let one choose
-    preset: str = "fast"  # which of the task's presets these settings depart from: fast, paper, short or smoke
+    preset: str = "fast"  # which of the task's presets these settings depart from: fast, cpu, paper, short or smoke
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -308,9 +309,10 @@ class Trainer:
     Works under `accelerate launch` and torchrun on several devices."""
     recipe: Recipe; out: Path; save_minutes: float; deadline: float | None; progress: bool; name: str; tensorboard: bool; compile: bool
     model: LaSTransformer; net: Any; optimizer: Any; accelerator: Any; device: torch.device; world: int; rank: int; lock: Any
-    data: dict[str, Batch | Sequences]; steps: int; epoch: int; step: int; seconds: float; tokens: int; peak: int; curve: dict[str, list[float]]
+    data: dict[str, Batch | Sequences]; steps: int; epoch: int; step: int; seconds: float; cpu_before: float; tokens: int; peak: int; curve: dict[str, list[float]]
     signal: int | None; asked: int; checked: int; commits: list[str]; devices: list[str]; precisions: list[str]
     sums: torch.Tensor; labels: str; saved_at: float
+    report: Callable[[dict[str, Any]], None] | None
     run: Callable[[], dict[str, Any]]; evaluate: Callable[[str], float]  # methods that cells below add
 
     def __init__(
@@ -326,6 +328,7 @@ class Trainer:
         deadline: float | None = None,  # time.monotonic() at which to save and stop
         progress: bool = True,  # draw a bar
         name: str | None = None,  # of the record; by default task, model, positions and seed
+        report: Callable[[dict[str, Any]], None] | None = None,  # called after every epoch, with what is known of the run; see progress
     ):
         with warnings.catch_warnings():  # a library below warns in notebooks without widgets
             warnings.simplefilter("ignore")
@@ -342,7 +345,7 @@ class Trainer:
                                        log_with="tensorboard" if tensorboard else None, project_dir=str(out))
         self.device, self.world, self.rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
         if self.device.type == "cpu" and precision == "fp16": raise ValueError("fp16 needs a GPU; use precision bf16 or no")
-        self.name, self.tensorboard, self.compile, self.lock = name or run_name(recipe), tensorboard, compile, None
+        self.name, self.tensorboard, self.compile, self.lock, self.report = name or run_name(recipe), tensorboard, compile, None, report
         self.first(self.claim)
         try: self.prepare(root)
         except BaseException:
@@ -369,6 +372,7 @@ class Trainer:
         self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.compile: torch._dynamo.reset(); self.net = torch.compile(self.net)
         self.epoch, self.step, self.seconds, self.tokens, self.peak = 0, 0, 0., 0, 0
+        self.cpu_before = -time.process_time()  # of this run before this process
         self.curve, self.signal, self.asked, self.checked = dict(loss=[], train=[], valid=[], norm=[], worst=[]), None, 0, 0
         self.commits, self.devices, self.precisions = [], [], []  # a run may be cut here and go on elsewhere
         self.sums = torch.zeros(7, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)  # see learn
@@ -400,6 +404,11 @@ class Trainer:
         "Steps so far."
         return self.epoch * self.steps + self.step
 
+    @property
+    def cpu_seconds(self) -> float:
+        "What the run has cost so far: seconds of one core, with validation, in the first process."
+        return self.cpu_before + time.process_time()
+
 # %% ../nbs/10_train.ipynb #c75070b1
 @patch
 def save(self: Trainer) -> None:
@@ -411,7 +420,7 @@ def save(self: Trainer) -> None:
         for i, entry in self.optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v for k, v in entry.items()}
         scaler = self.accelerator.scaler
         facts = dict(recipe=dataclasses.asdict(self.recipe), labels=self.labels, epoch=self.epoch, step=self.step, sums=[loss, hits, 0, tokens, right, norm, worst], checked=self.checked, curve=self.curve,
-                     seconds=self.seconds, tokens=self.tokens, peak=self.memory(), commits=self.commits, devices=self.devices, precisions=self.precisions,
+                     seconds=self.seconds, cpu_seconds=self.cpu_seconds, tokens=self.tokens, peak=self.memory(), commits=self.commits, devices=self.devices, precisions=self.precisions,
                      scaler=scaler.state_dict() if scaler else None)
         try: save_checkpoint(self.out, tensors, facts)
         except OSError as e:
@@ -434,6 +443,7 @@ def restore(self: Trainer, folder: Path) -> None:
         self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()["param_groups"]))
         if self.accelerator.scaler and facts["scaler"]: self.accelerator.scaler.load_state_dict(facts["scaler"])
         for name in ("epoch", "step", "checked", "curve", "seconds", "tokens", "peak", "commits", "devices", "precisions"): setattr(self, name, facts[name])
+        self.cpu_before += facts.get("cpu_seconds", 0.)  # older checkpoints have none
         if self.rank == 0: self.sums += torch.tensor(facts["sums"], dtype=self.sums.dtype, device=self.device)
     except (RuntimeError, ValueError, KeyError) as e:
         raise TrainingError(f"{folder} does not fit this program: {str(e).splitlines()[0]}; delete it to start anew") from None
@@ -567,6 +577,7 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
                 for key, value in dict(loss=loss / n, train=100 * hits / n, valid=valid, norm=norm, worst=worst).items(): self.curve[key].append(value)
                 self.log({"valid accuracy (%)": valid})
                 self.tokens += tokens; self.sums = torch.zeros_like(self.sums); self.epoch += 1; self.step = 0
+                if self.report: self.first(lambda: self.report(self.progress_so_far()))
             self.save()  # the test may be cut as well
             record = self.record(self.evaluate("test"))
             self.first(lambda: self.write(record))
@@ -619,16 +630,21 @@ def attention_entropy(
 
 # %% ../nbs/10_train.ipynb #477eac0b
 @patch
-def record(self: Trainer, test: float) -> dict[str, Any]:
-    "What is worth keeping of a finished run: accuracies in percent, losses in nats, memory in bytes; by epoch also the largest norm of a gradient before it was clipped, and the largest loss of a batch."
+def progress_so_far(self: Trainer) -> dict[str, Any]:
+    "What is known after an epoch: accuracies in percent, losses in nats, memory in bytes; by epoch also the largest norm of a gradient before it was clipped, and the largest loss of a batch."
     r = self.recipe
     return dict(name=self.name, command=command_line(r), commit=", ".join(self.commits), task=r.task, model=r.model, positions=r.positions, seed=r.seed,
                 device=", ".join(self.devices), torch=torch.__version__, params=count_parameters(self.model),
-                epochs=r.epochs, curve=self.curve, valid=self.curve["valid"][-1], test=test, seconds_per_epoch=self.seconds / r.epochs,
-                tokens_per_s=self.tokens / self.seconds, peak_memory=self.memory(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                epochs=r.epochs, curve=self.curve, valid=self.curve["valid"][-1], seconds_per_epoch=self.seconds / self.epoch, cpu_seconds=self.cpu_seconds,
+                tokens_per_s=self.tokens / self.seconds, peak_memory=self.memory(), written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 precision=", ".join(self.precisions), compile=self.compile, limit=r.limit, preset=r.preset, sample=r.sample, share=r.share, length=r.length,
-                entropy=attention_entropy(self.model, self.data["valid"]),
-                data=getattr(self.data["test"], "source", ""), trivial=self.trivial_scores())
+                data=getattr(self.data["test"], "source", ""))
+
+@patch
+def record(self: Trainer, test: float) -> dict[str, Any]:
+    "What is worth keeping of a finished run: its progress, its score on the test set, the floors beside it, and how even its attention became."
+    known = self.progress_so_far()
+    return known | dict(test=test, finished=known.pop("written"), entropy=attention_entropy(self.model, self.data["valid"]), trivial=self.trivial_scores())
 
 # %% ../nbs/10_train.ipynb #6d6ed987
 @patch
@@ -770,7 +786,7 @@ def needs(*packages: str) -> None:
 
 def train_main(args: list[str] | None = None) -> None:
     "Command `las_train`."
-    recipe, run = options_of(Recipe), options_of(Trainer.__init__, skip=("deadline", "progress", "name"))
+    recipe, run = options_of(Recipe), options_of(Trainer.__init__, skip=("deadline", "progress", "name", "report"))
     run |= {name: o for name, o in options_of(train).items() if name in ("out", "resume")}
     parser = Parser("las_train", description="Train a model on a task.", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="presets:\n" + "\n".join(
         f"  {task} {name}: {', '.join(f'{k} {v}' for k, v in changes.items()) or 'the defaults'}" for task in every_task() for name, changes in presets(task).items()))
@@ -834,16 +850,30 @@ def eval_main(
     print(f"{checkpoint}: {split} {percent:.2f} % of {n:,} sequences")
 
 # %% ../nbs/10_train.ipynb #005079c6
+def cpu_runs() -> list[dict[str, Any]]:  # arguments of preset
+    "Full runs that two cores can make in days, in the order of their worth: all of MNIST and ListOps, small models."
+    las, rotary = dict(model="las", positions=None), dict(model="attention", positions="rotary")
+    plain, both, bare = (dict(model=m, positions=p) for m, p in (("plain", "sinusoidal"), ("las", "sinusoidal"), ("plain", None)))
+    kinds = [*((0, k) for k in (las, rotary, plain, both, bare)), *((seed, k) for seed in (1, 2) for k in (las, rotary, plain))]
+    return [dict(task="smnist", preset="cpu", seed=seed, **k) for seed, k in kinds] + [
+        dict(task=task, preset="cpu", seed=0, **k) for task in ("listops", "pmnist") for k in (las, rotary)]
+
+def rate_trials() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
+    "Which learning rate the full runs of MNIST take: three tried on a tenth of its digits, judged on validation."
+    return {f"smnist-rate-{model}-{lr}": dict(task="smnist", preset="cpu", model=model, positions=positions, seed=0, lr=lr, limit=5400, epochs=3)
+            for lr in (3e-3, 6e-3, 1.5e-3) for model, positions in (("las", None), ("attention", "rotary"))}
+
 def experiments() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
     "The runs of this book, in the order in which they are made."
     kinds = [dict(model=model, positions=positions) for model in ("plain", "las") for positions in (None, "sinusoidal")]
     arena = [dict(task=task, **kind) for task in ("listops", "image", "pathfinder", "text", "retrieval", "pathx") for kind in kinds[1:]]
     runs = [dict(seed=seed, **r) for seed in range(3) for r in [*(dict(task="smnist", **k) for k in kinds), *arena, *(dict(task="pmnist", **k) for k in kinds)]]
     runs += [dict(preset="short", seed=0, **r) for r in arena if "short" in presets(r["task"])]  # for a machine without a GPU
+    runs += cpu_runs()
     found = {run_name(preset(**r)): r for r in runs}
     short = dict(limit=1500, dim=48, depth=2, epochs=4, batch_size=16, lr=4e-3)  # for a machine without a GPU
-    found |= {run_name(preset(**r)).replace("smnist", "smnist-short", 1): r | short for r in runs if r["task"] == "smnist" and r["seed"] < 2}
-    return found
+    found |= {run_name(preset(**r)).replace("smnist", "smnist-short", 1): r | short for r in runs if r["task"] == "smnist" and r["seed"] < 2 and "preset" not in r}
+    return found | rate_trials()
 
 # %% ../nbs/10_train.ipynb #0de50463
 def status(
@@ -878,6 +908,7 @@ def work_off(
     cpu: bool = False,  # leave the GPU alone
     compile: bool = False,  # torch.compile the models
     weights: bool = True,  # keep small weights of seed 0 beside the results?
+    keep_curves: bool = False,  # write what is known of a run after every epoch into `unfinished/` beside the results?
 ) -> None:
     "The body of commands that have runs to make: list them, or make those that are not finished."
     out, results = Path(out), Path(results)
@@ -899,11 +930,16 @@ def work_off(
         if state == "finished" or (state == "failed" and not only) or todo[name]["task"] in missing: continue
         if deadline is not None and time.monotonic() > deadline - (90 if compile or every_task()[todo[name]["task"]].make else 30): break  # too late to begin
         def make():
-            record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline))
+            so_far = results / "unfinished" / f"{name}.json"  # its curve, for the pages; if the run begins anew, until it is overtaken
+            def report(known):
+                try: before = len(json.loads(so_far.read_text())["curve"]["valid"])
+                except (OSError, ValueError, KeyError): before = 0
+                if len(known["curve"]["valid"]) >= before: replace_file(so_far, json.dumps(known, indent=1).encode())
+            record = train(**todo[name], out=out / name, name=name, resume=True, options=dict(root=root, cpu=cpu, compile=compile, deadline=deadline, report=report if keep_curves else None))
             if weights and record["seed"] == 0 and (out / name / "model.safetensors").stat().st_size < 1_000_000:  # small weights are kept for the pages
                 for file in ("config.json", "model.safetensors"): replace_file(results / name / file, (out / name / file).read_bytes())
             replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())  # last: it says that the run is finished
-            (out / name / "failed.txt").unlink(missing_ok=True)
+            for old in (so_far, out / name / "failed.txt"): old.unlink(missing_ok=True)
             print(summary(record), flush=True)
             gc.collect()  # what the run held on the GPU
         def make_or_note():  # a run that cannot be made must not keep the others from being made
@@ -936,4 +972,4 @@ def experiments_main(
     "List the experiments of the book, or make the next ones."
     todo = experiments()
     for grid in sorted((Path(results).parent / "grids").glob("full*.toml")): todo |= guarded(lambda: importlib.import_module("las_nb.compare").read_grid(grid), "")
-    work_off(todo, action, minutes, only, out, results, root, cpu, compile)
+    work_off(todo, action, minutes, only, out, results, root, cpu, compile, keep_curves=True)

@@ -474,7 +474,7 @@ def test_the_hub_gets_and_gives(tmp_path, monkeypatch):
 
 def test_the_list():
     runs = experiments()
-    whole = [(r["task"], r["model"], r["positions"], r["seed"]) for name, r in runs.items() if "short" not in name]
+    whole = [(r["task"], r["model"], r["positions"], r["seed"]) for name, r in runs.items() if not re.search("short|cpu|rate", name)]
     assert len(whole) == len(set(whole)) == 24 + 54
     arena = ["listops", "image", "pathfinder", "text", "retrieval", "pathx"]
     kinds = {(t, m, p, s) for t in ("smnist", "pmnist") for m in ("plain", "las") for p in (None, "sinusoidal") for s in range(3)}
@@ -482,6 +482,18 @@ def test_the_list():
     assert [s for *_, s in whole] == sorted(s for *_, s in whole)  # seed 0 first
     assert list(dict.fromkeys(t for t, *_ in whole if t in arena)) == arena  # in the order of their worth
     for r in runs.values(): assert build(preset(**r))
+
+
+def test_full_runs_for_two_cores():
+    "All of the data, one recipe for all models, and the same learning rate."
+    runs = {name: preset(**r) for name, r in experiments().items() if "-cpu-" in name}
+    assert list(runs)[:4] == [f"smnist-cpu-{kind}-0" for kind in ("las-none", "attention-rotary", "plain-sinusoidal", "las-sinusoidal")]
+    assert len([r for r in runs.values() if r.task == "smnist"]) == 11 and [r.seed for r in runs.values() if r.model == "las" and r.task == "smnist"] == [0, 0, 1, 2]
+    for task in ("smnist", "pmnist", "listops"):
+        recipes = [dataclasses.asdict(r) for r in runs.values() if r.task == task]
+        assert len({str({k: v for k, v in r.items() if k not in ("model", "positions", "seed", "max_rate", "window")}) for r in recipes}) == 1
+        assert not recipes[0]["limit"] and recipes[0]["share"] == 1 and not recipes[0]["sample"]
+    assert (runs["smnist-cpu-las-none-0"].dim, runs["listops-cpu-las-none-0"].dim, runs["listops-cpu-las-none-0"].feedforward) == (64, 80, 160)
 
 
 @pytest.fixture
@@ -515,6 +527,27 @@ def test_experiments_go_on_after_a_cut(two, capsys, monkeypatch):
     assert status("digits-las", out, results)[0] == "cut"
     make(two)
     assert status("digits-las", out, results)[0] == status("digits-plain", out, results)[0] == "finished"
+
+
+def test_the_curve_of_an_unfinished_run_is_on_record(two, monkeypatch):
+    "One epoch of two, then a cut: its curve stands in `unfinished/`, is not lost when the run begins anew elsewhere, and goes when it is finished."
+    out, results = two
+    so_far, real = results / "unfinished" / "digits-las.json", Trainer.train_epoch
+    def cut(self, bar):
+        if self.epoch == self.recipe.epochs - 1: self.signal = 15
+        return real(self, bar)
+    monkeypatch.setattr(Trainer, "train_epoch", cut)
+    with pytest.raises(SystemExit): make(two, only="digits-las")
+    known = json.loads(so_far.read_text())
+    assert len(known["curve"]["valid"]) == SMALL["epochs"] - 1 and "test" not in known and not list(results.glob("*.json")) and 0 < known["cpu_seconds"] < 600
+    so_far.write_text(json.dumps(known | dict(curve=dict(valid=[1., 2., 3.]))))
+    shutil.rmtree(out)
+    with pytest.raises(SystemExit): make(two, only="digits-las")
+    assert json.loads(so_far.read_text())["curve"] == dict(valid=[1., 2., 3.])
+    monkeypatch.undo(); monkeypatch.setattr(lib, "experiments", lambda: {"digits-las": dict(task="digits", model="las", **SMALL)})
+    make(two, only="digits-las")
+    record = json.loads((results / "digits-las.json").read_text())
+    assert not so_far.exists() and record["cpu_seconds"] > 0 and record["test"] > 0
 
 
 def test_experiments_stop_in_time(two, capsys, monkeypatch):
