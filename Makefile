@@ -21,8 +21,10 @@ test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs c
 lab: .venv/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
-sync: .venv/ready  ## export the library, clean the notebooks, rewrite links and README.md
+sync: .venv/ready  ## format, export the library, clean the notebooks, rewrite links and README.md
+	$(BIN)/ruff format -q nbs tests setup.py
 	$(BIN)/nbdev_export
+	$(BIN)/ruff format -q las_nb
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/pages.py
 

@@ -1,4 +1,6 @@
-"""The site without Quarto: every page processed by nbdev and converted by pandoc; what the docs checks look at."""
+"""The site without Quarto: every page processed by nbdev and converted by pandoc; what
+the docs checks look at."""
+
 import functools, json, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,70 +16,149 @@ refresh_quarto_yml(); nbdev.doclinks._build_modidx(); proc_nbs(n_workers=0, forc
 
 class Page(HTMLParser):
     "Ids, links, images, headings and size of one HTML page."
+
     def __init__(self, path):
-        super().__init__(); self.ids, self.links, self.images, self.headings, self.name = set(), [], [], [], path.name
+        super().__init__()
+        self.ids = set()
+        self.links = []
+        self.images = []
+        self.headings = []
+        self.name = path.name
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
-        if a.get("id"): self.ids.add(a["id"])
-        if tag == "a" and a.get("href"): self.links.append(a["href"])
-        if tag == "img": self.images.append(a)
-        if re.fullmatch("h[1-6]", tag): self.headings.append(int(tag[1]))
+        if a.get("id"):
+            self.ids.add(a["id"])
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag == "img":
+            self.images.append(a)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
 
 
 parsed = functools.cache(Page)
 
 
 def html_name(path):
-    "Where a page of `nbs/` ends, below the site; nbdev leaves the number out of the address."
+    """Where a page of `nbs/` ends, below the site; nbdev leaves the number out of the
+    address."""
     path = Path(path)
     return (path.parent / (re.sub(r"^\d+_", "", path.stem) + ".html")).as_posix()
 
 
 def normalise(nb):
-    "What pandoc needs and nbdev leaves out; Markdown that a cell prints becomes a Markdown cell, and so do its pictures, with their words."
+    """What pandoc needs and nbdev leaves out; Markdown that a cell prints becomes a
+    Markdown cell, and so do its pictures, with their words."""
     cells = []
     for cell in nb["cells"]:
         cell.setdefault("metadata", {})
-        if cell["cell_type"] != "code":  # pandoc would fetch remote pictures: their alt text stands in
-            cells.append(dict(cell, source=re.sub(r"!\[(.*?)\]\(https?://[^)]*\)", r"\1", "".join(cell["source"])))); continue
-        cell.setdefault("execution_count", None); cell.setdefault("outputs", [])
+        # pandoc would fetch remote pictures: their alt text stands in
+        if cell["cell_type"] != "code":
+            cells.append(
+                dict(
+                    cell,
+                    source=re.sub(
+                        r"!\[(.*?)\]\(https?://[^)]*\)", r"\1", "".join(cell["source"])
+                    ),
+                )
+            )
+            continue
+        cell.setdefault("execution_count", None)
+        cell.setdefault("outputs", [])
         asis = re.search(r"^#\| *output: *asis", "".join(cell["source"]), re.M)
-        if not asis: cells.append(cell)
+        if not asis:
+            cells.append(cell)
         for o in cell["outputs"]:
             o.pop("has_sd", None)
-            if o["output_type"] == "execute_result" and not isinstance(o.get("execution_count"), int): o["execution_count"] = 1
+            if o["output_type"] == "execute_result" and not isinstance(
+                o.get("execution_count"), int
+            ):
+                o["execution_count"] = 1
             if png := o.get("data", {}).pop("image/png", None):
                 alt = re.search(r"^#\| *fig-alt: *(.*)$", "".join(cell["source"]), re.M)
-                cells.append(dict(cell_type="markdown", metadata={}, attachments={"drawn.png": {"image/png": png}}, source=f"![{alt.group(1).strip(chr(34)) if alt else ''}](attachment:drawn.png)"))
-            if asis: cells.append(dict(cell_type="markdown", metadata={}, source=o.get("data", {}).get("text/markdown", o.get("text", ""))))
+                cells.append(
+                    dict(
+                        cell_type="markdown",
+                        metadata={},
+                        attachments={"drawn.png": {"image/png": png}},
+                        source=f"![{alt.group(1).strip(chr(34)) if alt else ''}](attachment:drawn.png)",
+                    )
+                )
+            if asis:
+                cells.append(
+                    dict(
+                        cell_type="markdown",
+                        metadata={},
+                        source=o.get("data", {}).get(
+                            "text/markdown", o.get("text", "")
+                        ),
+                    )
+                )
     return dict(nb, cells=cells, nbformat=4, nbformat_minor=5)
 
 
 def convert(source, kind, proc, out):
     "One page of `proc` to HTML; bad TeX and other warnings fail."
     import pypandoc
+
     name = html_name(source.relative_to(proc))
     (out / name).parent.mkdir(exist_ok=True)
-    args = ["--standalone", "--mathml", "--fail-if-warnings", f"--css={'../' * name.count('/')}styles.css", f"--metadata=pagetitle:{source.stem}",
-            "--metadata=lang:en", f"--extract-media=media/{source.stem}"]
-    subprocess.run([pypandoc.get_pandoc_path(), str(source), "-f", kind, "-t", "html5", "-o", name, *args], cwd=out, check=True)
+    args = [
+        "--standalone",
+        "--mathml",
+        "--fail-if-warnings",
+        f"--css={'../' * name.count('/')}styles.css",
+        f"--metadata=pagetitle:{source.stem}",
+        "--metadata=lang:en",
+        f"--extract-media=media/{source.stem}",
+    ]
+    subprocess.run(
+        [
+            pypandoc.get_pandoc_path(),
+            str(source),
+            "-f",
+            kind,
+            "-t",
+            "html5",
+            "-o",
+            name,
+            *args,
+        ],
+        cwd=out,
+        check=True,
+    )
 
 
 def build(work):
     "The folder of the site, made in `work`."
-    for name in ("settings.ini", "_quarto.yml", "README.md"): shutil.copy(ROOT / name, work)
-    for name in ("nbs", "las_nb"): shutil.copytree(ROOT / name, work / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    subprocess.run([sys.executable, "-c", PROCESS], cwd=work, check=True, capture_output=True)
+    for name in ("settings.ini", "_quarto.yml", "README.md"):
+        shutil.copy(ROOT / name, work)
+    for name in ("nbs", "las_nb"):
+        shutil.copytree(
+            ROOT / name,
+            work / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
+    subprocess.run(
+        [sys.executable, "-c", PROCESS], cwd=work, check=True, capture_output=True
+    )
     out, proc = work / "site", work / "_proc"
     out.mkdir()
-    shutil.copy(NBS / "styles.css", out); shutil.copytree(NBS / "results", out / "results")
-    for path in sorted(proc.rglob("*.qmd")): convert(path, "markdown", proc, out)
+    shutil.copy(NBS / "styles.css", out)
+    shutil.copytree(NBS / "results", out / "results")
+    for path in sorted(proc.rglob("*.qmd")):
+        convert(path, "markdown", proc, out)
     for path in sorted(proc.glob("*.ipynb")):
         nb = normalise(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(nb), encoding="utf-8")
         convert(path, "ipynb", proc, out)
-        front = "".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "raw")
-        assert path.stem == "index" or f"output-file: {html_name(path.name)}" in front, f"nbdev gives {path.stem} another address"
+        front = "".join(
+            "".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "raw"
+        )
+        assert (
+            path.stem == "index" or f"output-file: {html_name(path.name)}" in front
+        ), f"nbdev gives {path.stem} another address"
     return out

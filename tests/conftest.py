@@ -13,6 +13,7 @@ def site(tmp_path_factory):
     "Folder with `NAME.html` for every page."
     pytest.importorskip("pypandoc")
     import built
+
     return built.build(tmp_path_factory.mktemp("docs"))
 
 
@@ -20,9 +21,25 @@ def site(tmp_path_factory):
 def browser():
     "Chromium without a window."
     api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not found: pytest.skip("no Chromium")
+    found = next(
+        filter(
+            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+        ),
+        None,
+    )
+    if not found:
+        pytest.skip("no Chromium")
     with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        b = p.chromium.launch(
+            executable_path=found,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
         yield b
         b.close()

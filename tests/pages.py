@@ -2,6 +2,7 @@
 
 Run as a program it joins printed outputs, writes the install cell and the line of links of every page, copies the repository's
 owner from settings.ini, writes the reference (reference.py), and makes README.md and its picture from nbs/index.ipynb."""
+
 import base64, json, re, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -10,24 +11,40 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 
 
-TEXTS = ("CONTRIBUTING.md", "_quarto.yml", "CITATION.cff", ".github/SECURITY.md", ".github/ISSUE_TEMPLATE/config.yml")  # with links to the repository
+# with links to the repository
+TEXTS = (
+    "CONTRIBUTING.md",
+    "_quarto.yml",
+    "CITATION.cff",
+    ".github/SECURITY.md",
+    ".github/ISSUE_TEMPLATE/config.yml",
+)
 
 
 def settings():
-    cfg = ConfigParser(); cfg.read(ROOT / "settings.ini", encoding="utf-8")
+    cfg = ConfigParser()
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
     return cfg["DEFAULT"]
 
 
-def notebooks(): return sorted(p for p in NBS.rglob("*.ipynb") if not any(s.startswith((".", "_")) for s in p.relative_to(NBS).parts))
+def notebooks():
+    return sorted(
+        p
+        for p in NBS.rglob("*.ipynb")
+        if not any(s.startswith((".", "_")) for s in p.relative_to(NBS).parts)
+    )
 
 
-def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
-def source(cell): return "".join(cell["source"])
+def source(cell):
+    return "".join(cell["source"])
 
 
-def directives(cell): return dict(re.findall(r"^#\| *([\w-]+):? *(.*)$", source(cell), re.M))
+def directives(cell):
+    return dict(re.findall(r"^#\| *([\w-]+):? *(.*)$", source(cell), re.M))
 
 
 def colab(path):
@@ -39,42 +56,67 @@ def install():
     "What the hidden first cell runs in Colab, and nowhere else: this version from PyPI, else the repository; and the results beside it."
     s = settings()
     package, url, tag = f"{s['lib_name']}[train]", git_url(), s["branch"]
-    return (f'! [ -e /content ] && (pip install -Uqq "{package}=={s["version"]}" 2>/dev/null || pip install -Uqq "{package} @ git+{url}@{tag}") '
-            f"&& cd /content && git clone -q --depth 1 -b {tag} {url} book && ln -sfn book/nbs/* .")
+    return (
+        f'! [ -e /content ] && (pip install -Uqq "{package}=={s["version"]}" 2>/dev/null || pip install -Uqq "{package} @ git+{url}@{tag}") '
+        f"&& cd /content && git clone -q --depth 1 -b {tag} {url} book && ln -sfn book/nbs/* ."
+    )
 
 
-def git_url(): return f"https://github.com/{settings()['user']}/{settings()['repo']}"
+def git_url():
+    return f"https://github.com/{settings()['user']}/{settings()['repo']}"
 
 
 def badge(path):
     "The line under a title: run it, read its source, its module and its reference."
-    name, blob = re.sub(r"^\d+_", "", path.stem), f"{git_url()}/blob/{settings()['branch']}"
+    name, blob = (
+        re.sub(r"^\d+_", "", path.stem),
+        f"{git_url()}/blob/{settings()['branch']}",
+    )
     links = [f"[notebook]({blob}/{path.relative_to(ROOT).as_posix()})"]
-    if (ROOT / "las_nb" / f"{name}.py").exists(): links += [f"[module]({blob}/las_nb/{name}.py)", f"[reference](api/{name}.qmd)"]
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(path)}) " + " · ".join(links)
+    if (ROOT / "las_nb" / f"{name}.py").exists():
+        links += [f"[module]({blob}/las_nb/{name}.py)", f"[reference](api/{name}.qmd)"]
+    return (
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(path)}) "
+        + " · ".join(links)
+    )
 
 
 def with_head(path, text):
     "A notebook whose install cells say what `install` says and whose badge says what `badge` says."
     nb = json.loads(text)
     for cell in nb["cells"]:
-        if "[ -e /content ]" in source(cell): cell["source"] = ["#| hide\n", "#| eval: false\n", install()]
-        if source(cell).startswith("[![Open in Colab]"): cell["source"] = (badge(path) + re.sub(r"\A[^\n]*", "", source(cell))).splitlines(keepends=True)
+        if "[ -e /content ]" in source(cell):
+            cell["source"] = ["#| hide\n", "#| eval: false\n", install()]
+        if source(cell).startswith("[![Open in Colab]"):
+            cell["source"] = (
+                badge(path) + re.sub(r"\A[^\n]*", "", source(cell))
+            ).splitlines(keepends=True)
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def with_owner(text):
     "Every link to this repository or its site, with the owner of settings.ini."
     s = settings()
-    return re.sub(rf"(github\.com/|/github/|https://)[\w-]+(?=(\.github\.io)?/{s['repo']}\b)", rf"\g<1>{s['user']}", text)
+    return re.sub(
+        rf"(github\.com/|/github/|https://)[\w-]+(?=(\.github\.io)?/{s['repo']}\b)",
+        rf"\g<1>{s['user']}",
+        text,
+    )
 
 
-def picture(flags): return f"results/{flags['label']}.png"  # of the index, for README.md, which holds no pictures itself
+# of the index, for README.md, which holds no pictures itself
+def picture(flags):
+    return f"results/{flags['label']}.png"
 
 
 def pictures():
     "The pictures that the index draws: path below `nbs/` -> bytes."
-    drawn = [(directives(c), o["data"]["image/png"]) for c in cells(NBS / settings()["readme_nb"]) for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    drawn = [
+        (directives(c), o["data"]["image/png"])
+        for c in cells(NBS / settings()["readme_nb"])
+        for o in c.get("outputs", [])
+        if "image/png" in o.get("data", {})
+    ]
     return {picture(flags): base64.b64decode("".join(png)) for flags, png in drawn}
 
 
@@ -83,14 +125,25 @@ def readme():
     out = []
     for cell in cells(NBS / settings()["readme_nb"]):
         flags = directives(cell) if cell["cell_type"] == "code" else {}
-        if "hide" in flags: continue
-        if cell["cell_type"] == "markdown": out.append(source(cell))
-        elif flags.get("echo") != "false": out.append("```python\n" + re.sub(r"^#\|.*\n", "", source(cell), flags=re.M) + "\n```")
+        if "hide" in flags:
+            continue
+        if cell["cell_type"] == "markdown":
+            out.append(source(cell))
+        elif flags.get("echo") != "false":
+            out.append(
+                "```python\n"
+                + re.sub(r"^#\|.*\n", "", source(cell), flags=re.M)
+                + "\n```"
+            )
         for o in cell.get("outputs", []):
             data = o.get("data", {})
-            if "image/png" in data: out.append(f"![{flags['fig-alt'].strip(chr(34))}]({picture(flags)})"); continue
-            if "text/markdown" in data: out.append("".join(data["text/markdown"]))
-            elif text := data.get("text/plain", o.get("text")): out.append("```\n" + "".join(text).rstrip() + "\n```")
+            if "image/png" in data:
+                out.append(f"![{flags['fig-alt'].strip(chr(34))}]({picture(flags)})")
+                continue
+            if "text/markdown" in data:
+                out.append("".join(data["text/markdown"]))
+            elif text := data.get("text/plain", o.get("text")):
+                out.append("```\n" + "".join(text).rstrip() + "\n```")
     note = "<!-- Made from nbs/index.ipynb by `make sync`: edit the notebook. -->"
     text = "\n\n".join([note, *out]) + "\n"
     return re.sub(r"\]\((?!https?:|#)", "](nbs/", text)
@@ -103,28 +156,48 @@ def joined(text):
         outputs = []
         for o in cell.get("outputs", []):
             last = outputs[-1] if outputs else {}
-            if o["output_type"] == last.get("output_type") == "stream" and o["name"] == last["name"]: last["text"] += o["text"]
-            else: outputs.append(o)
-        if "outputs" in cell: cell["outputs"] = outputs
+            if (
+                o["output_type"] == last.get("output_type") == "stream"
+                and o["name"] == last["name"]
+            ):
+                last["text"] += o["text"]
+            else:
+                outputs.append(o)
+        if "outputs" in cell:
+            cell["outputs"] = outputs
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def main():
     for path in [*notebooks(), *(ROOT / name for name in TEXTS)]:
         old = path.read_text(encoding="utf-8")
-        new = with_owner(with_head(path, joined(old)) if path.suffix == ".ipynb" else old)
-        if new != old: path.write_text(new, encoding="utf-8"); print(f"tidied {path.relative_to(ROOT)}")
+        new = with_owner(
+            with_head(path, joined(old)) if path.suffix == ".ipynb" else old
+        )
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"tidied {path.relative_to(ROOT)}")
     import reference
+
     wanted = {NBS / name: text for name, text in reference.write().items()}
     for path in (NBS / "api").glob("*.qmd"):
-        if path not in wanted: path.unlink(); print(f"removed {path.relative_to(ROOT)}")
+        if path not in wanted:
+            path.unlink()
+            print(f"removed {path.relative_to(ROOT)}")
     for path, text in wanted.items():
         path.parent.mkdir(exist_ok=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text: path.write_text(text, encoding="utf-8"); print(f"made {path.relative_to(ROOT)}")
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"made {path.relative_to(ROOT)}")
     for name, png in pictures().items():
-        if not (NBS / name).exists() or (NBS / name).read_bytes() != png: (NBS / name).write_bytes(png); print(f"made nbs/{name}")
+        if not (NBS / name).exists() or (NBS / name).read_bytes() != png:
+            (NBS / name).write_bytes(png)
+            print(f"made nbs/{name}")
     target = ROOT / "README.md"
-    if (text := readme()) != target.read_text(encoding="utf-8"): target.write_text(text, encoding="utf-8"); print("made README.md")
+    if (text := readme()) != target.read_text(encoding="utf-8"):
+        target.write_text(text, encoding="utf-8")
+        print("made README.md")
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """What `make sync` writes from the library: one page of the reference for every module, and their list.
 
 The tables come from the signatures and from the comments beside their arguments (fastcore's docments)."""
+
 import importlib, inspect, re
 from dataclasses import is_dataclass
 from fastcore.docments import docments
@@ -11,8 +12,15 @@ EMPTY = inspect.Parameter.empty
 
 def modules():
     "Chapters by module name, in reading order; the package and its health check last."
-    found = {re.sub(r"^\d+_", "", p.stem): p for p in pages.notebooks() if re.match(r"\d\d_", p.name)}
-    return found | {"__init__": pages.NBS / "package.ipynb", "__main__": pages.NBS / "health.ipynb"}
+    found = {
+        re.sub(r"^\d+_", "", p.stem): p
+        for p in pages.notebooks()
+        if re.match(r"\d\d_", p.name)
+    }
+    return found | {
+        "__init__": pages.NBS / "package.ipynb",
+        "__main__": pages.NBS / "health.ipynb",
+    }
 
 
 def load(name):
@@ -20,44 +28,86 @@ def load(name):
     return importlib.import_module(lib if name == "__init__" else f"{lib}.{name}")
 
 
-def cell(text): return " ".join(str(text or "").split()).replace("|", r"\|")
+def cell(text):
+    return " ".join(str(text or "").split()).replace("|", r"\|")
 
 
 def kind(anno):
-    if anno in (EMPTY, None): return ""
-    if isinstance(anno, str): return anno.replace(" | ", " or ")
-    text = anno.__name__ if isinstance(anno, type) and not hasattr(anno, "__args__") else str(anno)
-    return re.sub(r"\b(?:torch|pathlib|typing|collections\.abc|las_nb)\.(?:[\w.]*\.)?(?=\w)", "", text).replace(" | ", " or ")  # a bar would end the cell
+    if anno in (EMPTY, None):
+        return ""
+    if isinstance(anno, str):
+        return anno.replace(" | ", " or ")
+    text = (
+        anno.__name__
+        if isinstance(anno, type) and not hasattr(anno, "__args__")
+        else str(anno)
+    )
+    # a bar would end the cell
+    return re.sub(
+        r"\b(?:torch|pathlib|typing|collections\.abc|las_nb)\.(?:[\w.]*\.)?(?=\w)",
+        "",
+        text,
+    ).replace(" | ", " or ")
 
 
-def code(text): return f"`{cell(text)}`" if text != "" else ""
+def code(text):
+    return f"`{cell(text)}`" if text != "" else ""
 
 
 def default(value):
-    if value is EMPTY: return ""
+    if value is EMPTY:
+        return ""
     return getattr(value, "__name__", None) or repr(value)
 
 
 def table(f):
     "The arguments of a function as a table; empty when it has none."
-    if f is None: return ""
+    if f is None:
+        return ""
     rows, args = [], docments(f, full=True)
     for name, a in args.items():
-        if name in ("self", "cls", "return"): continue
-        star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(a["kind"], "")
-        rows.append(f"| {code(star + name)} | {code(kind(a['anno']))} | {code(default(a['default']))} | {cell(a['docment'])} |")
+        if name in ("self", "cls", "return"):
+            continue
+        star = {
+            inspect.Parameter.VAR_POSITIONAL: "*",
+            inspect.Parameter.VAR_KEYWORD: "**",
+        }.get(a["kind"], "")
+        rows.append(
+            f"| {code(star + name)} | {code(kind(a['anno']))} | "
+            f"{code(default(a['default']))} | {cell(a['docment'])} |"
+        )
     back = args.get("return") or {}
-    if back.get("docment") or kind(back.get("anno")): rows.append(f"| **returns** | {code(kind(back.get('anno')))} |  | {cell(back.get('docment'))} |")
-    return "\n".join(["| argument | type | default | meaning |", "|:----|:----|:---|:------------|", *rows]) if rows else ""
+    if back.get("docment") or kind(back.get("anno")):
+        rows.append(
+            f"| **returns** | {code(kind(back.get('anno')))} |  | "
+            f"{cell(back.get('docment'))} |"
+        )
+    return (
+        "\n".join(
+            [
+                "| argument | type | default | meaning |",
+                "|:----|:----|:---|:------------|",
+                *rows,
+            ]
+        )
+        if rows
+        else ""
+    )
 
 
 def call(name, f):
     "`name(a, b=1)`: how it is called."
-    if inspect.isclass(f) and not any({"__init__", "__new__"} & set(vars(c)) for c in f.__mro__ if c.__module__.startswith(pages.settings()["lib_name"])):
-        return f"```python\nclass {name}({', '.join(c.__name__ for c in f.__bases__)})\n```"  # made like its base, which is not ours
+    if inspect.isclass(f) and not any(
+        {"__init__", "__new__"} & set(vars(c))
+        for c in f.__mro__
+        if c.__module__.startswith(pages.settings()["lib_name"])
+    ):
+        # made like its base, which is not ours
+        return f"```python\nclass {name}({', '.join(c.__name__ for c in f.__bases__)})\n```"
     out = []
     for p in inspect.signature(f).parameters.values():
-        if p.name in ("self", "cls"): continue
+        if p.name in ("self", "cls"):
+            continue
         text = str(p.replace(annotation=EMPTY, default=EMPTY))
         out.append(text if p.default is EMPTY else f"{text}={default(p.default)}")
     return f"```python\n{name}({', '.join(out)})\n```"
@@ -73,64 +123,123 @@ def source(thing):
 
 def arguments(thing):
     "What holds the arguments of `thing`, if anything does."
-    return vars(thing).get("__init__") if inspect.isclass(thing) and not is_dataclass(thing) else thing
+    return (
+        vars(thing).get("__init__")
+        if inspect.isclass(thing) and not is_dataclass(thing)
+        else thing
+    )
 
 
 def entry(name, thing, level=2):
     "One function or class with its methods."
     head = f"{'#' * level} {name} {{#{name}}}"
     own = inspect.getdoc(thing) if thing.__doc__ else ""
-    parts = [head, call(name, thing), f"{own}\n" if own else "", table(arguments(thing)), source(thing)]
+    parts = [
+        head,
+        call(name, thing),
+        f"{own}\n" if own else "",
+        table(arguments(thing)),
+        source(thing),
+    ]
     if inspect.isclass(thing):
         for method, m in vars(thing).items():
             m = getattr(m, "__func__", m)
-            if inspect.isfunction(m) and not method.startswith("_") and (m.__doc__ or table(m)): parts.append(entry(f"{name}.{method}", m, level + 1))
+            if (
+                inspect.isfunction(m)
+                and not method.startswith("_")
+                and (m.__doc__ or table(m))
+            ):
+                parts.append(entry(f"{name}.{method}", m, level + 1))
     return "\n\n".join(p for p in parts if p)
 
 
 def page(name, chapter):
     "The reference of one module."
     module = load(name)
-    out = [f'---\ntitle: "{module.__name__}"\ndescription: "{promise(chapter)}"\n---',
-           f"Derived and tested in [{title(chapter)}](../{chapter.name}). Written by `make sync` from the library."]
+    out = [
+        f'---\ntitle: "{module.__name__}"\ndescription: "{promise(chapter)}"\n---',
+        f"Derived and tested in [{title(chapter)}](../{chapter.name}). Written by "
+        "`make sync` from the library.",
+    ]
     constants = []
     for public in module.__all__:
         thing = getattr(module, public)
         if inspect.isfunction(thing) or inspect.isclass(thing):
-            if thing.__module__ == module.__name__: out.append(entry(public, thing))
-            else: constants.append(f"- [{public}]({thing.__module__.split('.')[-1]}.qmd#{public})")
-        else: constants.append(f"- `{public}`: {constant(thing)}")
-    if constants: out.insert(2, "\n".join(constants))
+            if thing.__module__ == module.__name__:
+                out.append(entry(public, thing))
+            else:
+                constants.append(
+                    f"- [{public}]({thing.__module__.split('.')[-1]}.qmd#{public})"
+                )
+        else:
+            constants.append(f"- `{public}`: {constant(thing)}")
+    if constants:
+        out.insert(2, "\n".join(constants))
     return "\n\n".join(out) + "\n"
 
 
 def constant(thing):
     "A short form of a value."
-    if isinstance(thing, dict): return "a dict"  # what it holds may grow as modules are imported
-    text = repr(thing) if not isinstance(thing, (set, frozenset)) else ", ".join(sorted(map(str, thing)))
-    return f"`{text}`" if len(text) < 90 and " at 0x" not in text else f"a {type(thing).__name__}"
+    # what it holds may grow as modules are imported
+    if isinstance(thing, dict):
+        return "a dict"
+    text = (
+        repr(thing)
+        if not isinstance(thing, (set, frozenset))
+        else ", ".join(sorted(map(str, thing)))
+    )
+    return (
+        f"`{text}`"
+        if len(text) < 90 and " at 0x" not in text
+        else f"a {type(thing).__name__}"
+    )
 
 
-def head(path): return re.match(r"# (.+)\n\n> (.+)", next(pages.source(c) for c in pages.cells(path) if c["cell_type"] == "markdown"))
+def head(path):
+    return re.match(
+        r"# (.+)\n\n> (.+)",
+        next(
+            pages.source(c) for c in pages.cells(path) if c["cell_type"] == "markdown"
+        ),
+    )
 
 
-def title(path): return head(path).group(1)
+def title(path):
+    return head(path).group(1)
 
 
-def promise(path): return head(path).group(2).replace('"', "'")
+def promise(path):
+    return head(path).group(2).replace('"', "'")
 
 
 def listing(names):
     "The list of all modules."
-    rows = [f"| [{load(n).__name__}]({stem(n)}.qmd) | {cell(promise(c))} | [{title(c)}](../{c.name}) |" for n, c in names.items()]
-    return "\n".join(['---\ntitle: "Reference"\ndescription: "Every public function and class, with its arguments, shapes and units."\n---\n',
-                      "| module | what for | page |", "|:---|:------|:---|", *rows]) + "\n"
+    rows = [
+        f"| [{load(n).__name__}]({stem(n)}.qmd) | {cell(promise(c))} | "
+        f"[{title(c)}](../{c.name}) |"
+        for n, c in names.items()
+    ]
+    return (
+        "\n".join(
+            [
+                '---\ntitle: "Reference"\ndescription: "Every public function and '
+                'class, with its arguments, shapes and units."\n---\n',
+                "| module | what for | page |",
+                "|:---|:------|:---|",
+                *rows,
+            ]
+        )
+        + "\n"
+    )
 
 
-def stem(name): return name.strip("_") if name != "__init__" else "package"
+def stem(name):
+    return name.strip("_") if name != "__init__" else "package"
 
 
 def write():
     "Every page of the reference: path below `nbs/` -> text."
     names = modules()
-    return {f"api/{stem(n)}.qmd": page(n, c) for n, c in names.items()} | {"api/index.qmd": listing(names)}
+    return {f"api/{stem(n)}.qmd": page(n, c) for n, c in names.items()} | {
+        "api/index.qmd": listing(names)
+    }

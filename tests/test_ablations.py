@@ -1,4 +1,5 @@
 "Variants of LaS, probes, and tests beyond the training length."
+
 import json
 import pytest, torch
 from las_nb.ablations import LaSVariant, filter_keys
@@ -7,137 +8,233 @@ from las_nb.las import las_weights
 from las_nb.model import LaSAttention, LaSTransformer
 from las_nb.probes import PROBES, probe
 from las_nb.questions import lengths_main, score_at
-from las_nb.train import attention_entropy, preset, train
+from las_nb.train import attention_entropy, train
 import las_nb.train as lib
 
 QUIET = dict(progress=False, cpu=True)
 
 
-def noise(*shape, seed=1): return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def noise(*shape, seed=1):
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def twins(a, b):
     "Two layers with the same projections."
-    a.double(); b.double(); b.load_state_dict(a.state_dict(), strict=False)
+    a.double()
+    b.double()
+    b.load_state_dict(a.state_dict(), strict=False)
     return a, b
 
 
 # --- variants
 
+
 @pytest.mark.parametrize("pool", ["scores", "weights"])
 @pytest.mark.parametrize("window", [1, 3, 6])
 @pytest.mark.parametrize("spacing", ["geometric", "uniform", "equal"])
 def test_an_unchanged_variant_is_las(pool, window, spacing):
-    options = dict(dim=16, n_heads=4, max_rate=.4, window=window, pool=pool, spacing=spacing)
+    options = dict(
+        dim=16, n_heads=4, max_rate=0.4, window=window, pool=pool, spacing=spacing
+    )
     fast, variant = twins(LaSAttention(**options), LaSVariant(**options))
     x, lengths = noise(3, 33, 16), torch.tensor([33, 7, 20])
     for n in None, lengths:
         a, b = fast(x, n), variant(x, n)
-        for row, (u, v) in enumerate(zip(a, b)): torch.testing.assert_close(u[:33 if n is None else n[row]], v[:33 if n is None else n[row]], atol=1e-9, rtol=1e-7)
-    torch.testing.assert_close(variant.weights(x), las_weights(*fast.heads(x)[:2], fast.rates, window, pool))
+        for row, (u, v) in enumerate(zip(a, b)):
+            torch.testing.assert_close(
+                u[: 33 if n is None else n[row]],
+                v[: 33 if n is None else n[row]],
+                atol=1e-9,
+                rtol=1e-7,
+            )
+    torch.testing.assert_close(
+        variant.weights(x), las_weights(*fast.heads(x)[:2], fast.rates, window, pool)
+    )
 
 
 def test_equal_rates_are_equal_and_none_is_plain():
-    assert LaSVariant(16, 4, max_rate=.2, spacing="equal").rates.tolist() == LaSAttention(16, 4, max_rate=.2, spacing="equal").rates.tolist() == [pytest.approx(.2)] * 4
+    assert (
+        LaSVariant(16, 4, max_rate=0.2, spacing="equal").rates.tolist()
+        == LaSAttention(16, 4, max_rate=0.2, spacing="equal").rates.tolist()
+        == [pytest.approx(0.2)] * 4
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_a_filter_starts_as_las(window):
-    a, b = twins(LaSAttention(16, 4, window=window), LaSVariant(16, 4, window=window, learn="filter"))
-    torch.testing.assert_close(a(noise(2, 30, 16)), b(noise(2, 30, 16)), atol=1e-7, rtol=1e-5)  # the taps begin as float32
+    a, b = twins(
+        LaSAttention(16, 4, window=window),
+        LaSVariant(16, 4, window=window, learn="filter"),
+    )
+    # the taps begin as float32
+    torch.testing.assert_close(
+        a(noise(2, 30, 16)), b(noise(2, 30, 16)), atol=1e-7, rtol=1e-5
+    )
 
 
 def test_filter_by_loops():
     k, taps = noise(1, 2, 9, 3), noise(2, 4, seed=2)
     for h in range(2):
         for j in range(9):
-            want = sum(taps[h, t] * k[0, h, j - t] for t in range(4) if t <= j) * 4 / min(4, j + 1)
+            want = (
+                sum(taps[h, t] * k[0, h, j - t] for t in range(4) if t <= j)
+                * 4
+                / min(4, j + 1)
+            )
             torch.testing.assert_close(filter_keys(k, taps)[0, h, j], want)
 
 
 def test_learned_rates_start_where_they_were_and_stay_positive():
     layer = LaSVariant(16, 4, learn="both").double()
-    torch.testing.assert_close(layer.current_rates()[1:], LaSAttention(16, 4).rates[1:].double())
+    torch.testing.assert_close(
+        layer.current_rates()[1:], LaSAttention(16, 4).rates[1:].double()
+    )
     layer(noise(2, 30, 16)).square().sum().backward()
-    assert (layer.raw_rates.grad.abs() > 0).all() and (layer.taps.grad.abs() > 0).any(1).all()
-    with torch.no_grad(): layer.raw_rates -= 50
+    assert (layer.raw_rates.grad.abs() > 0).all() and (layer.taps.grad.abs() > 0).any(
+        1
+    ).all()
+    with torch.no_grad():
+        layer.raw_rates -= 50
     assert (layer.current_rates() > 0).all() and (layer.current_rates() < 1e-6).all()
 
 
 @pytest.mark.parametrize("reach", [1, 5, 40])
 def test_reach_is_a_sliding_window(reach):
-    a, b = twins(Local(16, 4, reach=reach), LaSVariant(16, 4, max_rate=0., window=1, reach=reach))
+    a, b = twins(
+        Local(16, 4, reach=reach),
+        LaSVariant(16, 4, max_rate=0.0, window=1, reach=reach),
+    )
     torch.testing.assert_close(a(noise(2, 40, 16)), b(noise(2, 40, 16)))
 
 
 def test_rotary_is_that_of_attention():
-    a, b = twins(Attention(16, 4, rotary=True), LaSVariant(16, 4, max_rate=0., window=1, rotary=True))
+    a, b = twins(
+        Attention(16, 4, rotary=True),
+        LaSVariant(16, 4, max_rate=0.0, window=1, rotary=True),
+    )
     torch.testing.assert_close(a(noise(2, 40, 16)), b(noise(2, 40, 16)))
 
 
-@pytest.mark.parametrize("options, says", [(dict(learn="all"), "learn must be"), (dict(reach=0), "reach must be"), (dict(learn="filter", pool="weights"), "use pool='scores'"), (dict(spacing="log"), "spacing")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(learn="all"), "learn must be"),
+        (dict(reach=0), "reach must be"),
+        (dict(learn="filter", pool="weights"), "use pool='scores'"),
+        (dict(spacing="log"), "spacing"),
+    ],
+)
 def test_wrong_variants_are_explained(options, says):
-    with pytest.raises(ValueError, match=says): LaSVariant(16, 4, **options)
+    with pytest.raises(ValueError, match=says):
+        LaSVariant(16, 4, **options)
 
 
 # --- what a record says
 
+
 def test_entropy_of_even_attention_is_one_and_of_a_choice_zero():
-    model = LaSTransformer(4, 16, 2, 4, vocab=10, max_rate=0., window=1, positions="sinusoidal")
+    model = LaSTransformer(
+        4, 16, 2, 4, vocab=10, max_rate=0.0, window=1, positions="sinusoidal"
+    )
     data = probe("needle", limit=20)["train"]
-    for b in model.blocks: torch.nn.init.zeros_(b.mixer.qkv.weight)
-    assert all(h == pytest.approx(1, abs=1e-6) for block in attention_entropy(model, data) for h in block)
-    for b in model.blocks: b.mixer.qkv.weight.data[:32] = 1e4 * torch.randn(32, 16)
-    assert all(h < .2 for h in attention_entropy(model, data)[0])
-    assert attention_entropy(LaSTransformer(4, 16, 2, 4, vocab=10, mixer="s4d"), data) is None
+    for b in model.blocks:
+        torch.nn.init.zeros_(b.mixer.qkv.weight)
+    assert all(
+        h == pytest.approx(1, abs=1e-6)
+        for block in attention_entropy(model, data)
+        for h in block
+    )
+    for b in model.blocks:
+        b.mixer.qkv.weight.data[:32] = 1e4 * torch.randn(32, 16)
+    assert all(h < 0.2 for h in attention_entropy(model, data)[0])
+    assert (
+        attention_entropy(LaSTransformer(4, 16, 2, 4, vocab=10, mixer="s4d"), data)
+        is None
+    )
     assert attention_entropy(model, data, longest=32) is None
 
 
 def test_entropy_leaves_padding_out():
     model = LaSTransformer(4, 16, 2, 4, vocab=10, causal=False).double()
     x = probe("needle", limit=8)["train"]
-    padded = x._replace(inputs=torch.cat([x.inputs, torch.full((8, 20), 3)], 1), lengths=torch.full((8,), 64))
-    torch.testing.assert_close(torch.tensor(attention_entropy(model, x)), torch.tensor(attention_entropy(model, padded)))
+    padded = x._replace(
+        inputs=torch.cat([x.inputs, torch.full((8, 20), 3)], 1),
+        lengths=torch.full((8,), 64),
+    )
+    torch.testing.assert_close(
+        torch.tensor(attention_entropy(model, x)),
+        torch.tensor(attention_entropy(model, padded)),
+    )
 
 
 def test_a_record_holds_norms_and_entropy(tmp_path):
     r = train("needle", tmp_path, options=QUIET, length=40, limit=64, epochs=3)
     assert r["length"] == 40 and torch.tensor(r["entropy"]).shape == (2, 4)
     assert len(r["curve"]["norm"]) == len(r["curve"]["worst"]) == 3
-    assert all(n > 0 for n in r["curve"]["norm"]) and all(w >= l for w, l in zip(r["curve"]["worst"], r["curve"]["loss"]))
+    assert all(n > 0 for n in r["curve"]["norm"]) and all(
+        w >= l for w, l in zip(r["curve"]["worst"], r["curve"]["loss"])
+    )
 
 
 def test_a_share_is_read_again_and_again(tmp_path, monkeypatch):
     seen, cut = [], lib.batches
+
     def spy(split, size, order=None, *args, **kw):
-        if len(split.labels) == 128: seen.append(order)
+        if len(split.labels) == 128:
+            seen.append(order)
         return cut(split, size, order, *args, **kw)
+
     monkeypatch.setattr(lib, "batches", spy)
-    train("motif", tmp_path / "a", options=QUIET, limit=128, epochs=2, share=.25)
+    train("motif", tmp_path / "a", options=QUIET, limit=128, epochs=2, share=0.25)
     train("motif", tmp_path / "b", options=QUIET, limit=128, epochs=1)
     parts = [o for o in seen if len(o) == 128]
-    assert sorted(parts[0].tolist()) == sorted(list(range(32)) * 4) and sorted(parts[-2].tolist()) == list(range(128))
+    assert sorted(parts[0].tolist()) == sorted(list(range(32)) * 4) and sorted(
+        parts[-2].tolist()
+    ) == list(range(128))
 
 
-@pytest.mark.parametrize("changes, says", [(dict(share=0.), "share must lie"), (dict(share=1.5), "share must lie"), (dict(task="digits", length=99), "leave length out"), (dict(length=8), "32 steps")])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(share=0.0), "share must lie"),
+        (dict(share=1.5), "share must lie"),
+        (dict(task="digits", length=99), "leave length out"),
+        (dict(length=8), "32 steps"),
+    ],
+)
 def test_wrong_shares_and_lengths_are_explained(changes, says, tmp_path):
-    with pytest.raises(ValueError, match=says): train(changes.pop("task", "needle"), tmp_path / "run", options=QUIET, limit=32, epochs=1, **changes)
+    with pytest.raises(ValueError, match=says):
+        train(
+            changes.pop("task", "needle"),
+            tmp_path / "run",
+            options=QUIET,
+            limit=32,
+            epochs=1,
+            **changes,
+        )
 
 
 # --- probes
 
+
 @pytest.mark.parametrize("name", PROBES)
 def test_probes_repeat_and_splits_differ(name):
     a, b = probe(name, 48), probe(name, 48)
-    for part in a: assert torch.equal(a[part].inputs, b[part].inputs) and torch.equal(a[part].labels, b[part].labels)
+    for part in a:
+        assert torch.equal(a[part].inputs, b[part].inputs) and torch.equal(
+            a[part].labels, b[part].labels
+        )
     rows = [tuple(r) for part in a for r in a[part].inputs.tolist()]
-    assert len(set(rows)) > .99 * len(rows)
+    assert len(set(rows)) > 0.99 * len(rows)
     assert not torch.equal(probe(name, 48, seed=1)["train"].inputs, a["train"].inputs)
 
 
 @pytest.mark.parametrize("name", [n for n in PROBES if n != "motif"])
 def test_only_what_decides_decides(name):
-    "The label can be told from the marked tokens alone: sequences that agree there agree in their labels."
+    """The label can be told from the marked tokens alone: sequences that agree there
+    agree in their labels."""
     x, y, deciding = PROBES[name](3000, 40, torch.Generator().manual_seed(0))
     known = {}
     for row, label, mask in zip(x.tolist(), y.tolist(), deciding.tolist()):
@@ -146,6 +243,7 @@ def test_only_what_decides_decides(name):
 
 
 # --- longer than trained
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -158,17 +256,30 @@ def test_lengths_are_measured_once(run, tmp_path, capsys):
     lengths_main(str(run), "64,128", results=str(tmp_path), tokens=2000, cpu=True)
     first = json.loads((tmp_path / "lengths.json").read_text())
     found = first["runs"]["needle-las-0"]["found"]
-    assert {L: f["n"] for L, f in found.items()} == {"64": 31, "128": 15} and first["runs"]["needle-las-0"]["trained_at"] == 64
+    assert {L: f["n"] for L, f in found.items()} == {"64": 31, "128": 15} and first[
+        "runs"
+    ]["needle-las-0"]["trained_at"] == 64
     lengths_main(str(run), "64,128,256", results=str(tmp_path), tokens=9000, cpu=True)
-    again = json.loads((tmp_path / "lengths.json").read_text())["runs"]["needle-las-0"]["found"]
+    again = json.loads((tmp_path / "lengths.json").read_text())["runs"]["needle-las-0"][
+        "found"
+    ]
     assert again["64"] == found["64"] and again["256"]["n"] == 35
     model, _ = lib.load_run(run / "needle-las-0")
     assert score_at(model, "needle", 64, 31) == (found["64"]["right"], 31)
 
 
-@pytest.mark.parametrize("lengths, only, says", [("64,x", "*-0", "whole numbers"), ("64", "nothing*", "no finished run"), ("8", "*-0", "32 steps")])
+@pytest.mark.parametrize(
+    "lengths, only, says",
+    [
+        ("64,x", "*-0", "whole numbers"),
+        ("64", "nothing*", "no finished run"),
+        ("8", "*-0", "32 steps"),
+    ],
+)
 def test_wrong_lengths_are_explained(run, lengths, only, says, tmp_path, capsys):
-    try: lengths_main(str(run), lengths, only, results=str(tmp_path), cpu=True)
-    except SystemExit as e: assert e.code == 2
+    try:
+        lengths_main(str(run), lengths, only, results=str(tmp_path), cpu=True)
+    except SystemExit as e:
+        assert e.code == 2
     out = capsys.readouterr()
     assert says in out.out + out.err

@@ -2,48 +2,120 @@ import json, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from las_nb import bench
-from las_nb.bench import WAYS, Case, compare_ways, error_of, make_inputs, model_speed, peak_memory, speed_table
+from las_nb.bench import (
+    WAYS,
+    Case,
+    compare_ways,
+    error_of,
+    make_inputs,
+    model_speed,
+    peak_memory,
+    speed_table,
+)
 
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"
 
 
 def command(*args, **kw):
-    return subprocess.run([Path(sys.executable).parent / "las_bench", *args], capture_output=True, text=True, timeout=200, **kw)
+    return subprocess.run(
+        [Path(sys.executable).parent / "las_bench", *args],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **kw,
+    )
 
 
-@pytest.mark.parametrize("args, says", [
-    (["--lengths", "10x"], "--lengths takes whole numbers"), (["--lengths", "0"], "--lengths"), (["--max_rate", "-1"], "--max_rate takes numbers >= 0"),
-    (["--ways", "plain,fast"], "--ways knows plain, auto"), (["--dtype", "float8"], "--dtype is float32"), (["--device", "tpu"], "--device is cpu or cuda"),
-    (["--pool", "max"], "--pool is scores or weights"), (["--tol", "2"], "--tol must lie"), (["--heads", "0"], "--heads takes whole numbers"),
-    (["--trained", "/nowhere"], "no folder of save_pretrained")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--lengths", "10x"], "--lengths takes whole numbers"),
+        (["--lengths", "0"], "--lengths"),
+        (["--max_rate", "-1"], "--max_rate takes numbers >= 0"),
+        (["--ways", "plain,fast"], "--ways knows plain, auto"),
+        (["--dtype", "float8"], "--dtype is float32"),
+        (["--device", "tpu"], "--device is cpu or cuda"),
+        (["--pool", "max"], "--pool is scores or weights"),
+        (["--tol", "2"], "--tol must lie"),
+        (["--heads", "0"], "--heads takes whole numbers"),
+        (["--trained", "/nowhere"], "no folder of save_pretrained"),
+    ],
+)
 def test_bad_options_are_explained(args, says, tmp_path):
     done = command(*args, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("las_bench: ") and says in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and done.stderr.startswith("las_bench: ")
+        and says in done.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    done = command("--lengths", "40", "--ways", "auto", "--rounds", "1", "--out", str(tmp_path / "file"))
+    done = command(
+        "--lengths",
+        "40",
+        "--ways",
+        "auto",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path / "file"),
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_the_command(tmp_path):
-    done = command("--lengths", "40,300", "--max_rate", "0.5,0.001", "--heads", "2", "--width", "8", "--backward", "--rounds", "2", "--out", str(tmp_path), "--name", "x")
+    done = command(
+        "--lengths",
+        "40,300",
+        "--max_rate",
+        "0.5,0.001",
+        "--heads",
+        "2",
+        "--width",
+        "8",
+        "--backward",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "x",
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "x.json").read_text())
-    assert record["finished"] and record["commit"] and record["command"].startswith("las_bench --lengths") and record["backward"]
-    assert [(c["L"], c["max_rate"]) for c in record["cases"]] == [(40, .5), (300, .5), (40, .001), (300, .001)]
+    assert (
+        record["finished"]
+        and record["commit"]
+        and record["command"].startswith("las_bench --lengths")
+        and record["backward"]
+    )
+    assert [(c["L"], c["max_rate"]) for c in record["cases"]] == [
+        (40, 0.5),
+        (300, 0.5),
+        (40, 0.001),
+        (300, 0.001),
+    ]
     for c in record["cases"]:
-        assert set(c["ways"]) | set(c["skipped"]) == set(WAYS) and c["skipped"]["flex"] == "no backward on the CPU"
+        assert (
+            set(c["ways"]) | set(c["skipped"]) == set(WAYS)
+            and c["skipped"]["flex"] == "no backward on the CPU"
+        )
         assert ("sdpa" in c["skipped"]) == (c["max_rate"] * c["L"] > 80)
         assert sorted(h for g in c["plan"] for h in g["heads"]) == [0, 1]
         for name, w in c["ways"].items():
             assert 0 < w["low"] <= w["seconds"] <= w["high"] and w["rounds"] == 2
-            assert w["ratio"] == pytest.approx(c["ways"]["plain"]["seconds"] / w["seconds"])
+            assert w["ratio"] == pytest.approx(
+                c["ways"]["plain"]["seconds"] / w["seconds"]
+            )
             assert w["error"] is None if name == "plain" else w["error"] < 1e-3
             assert w["memory"] is None or w["memory"] >= 0
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG" and done.stdout.count("| 300 |") == 2 * len(WAYS)
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG" and done.stdout.count(
+        "| 300 |"
+    ) == 2 * len(WAYS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.png"]
 
 
@@ -52,8 +124,13 @@ def test_ways_are_the_same_function():
         case = Case(L=200, heads=4, width=8, pool=pool, backward=False)
         a, rates = make_inputs(case)
         want = bench.dense(*a, rates, case)
-        for name in ("auto", "linear"): torch.testing.assert_close(bench.call(WAYS[name], case, a, rates), want, rtol=0, atol=case.tol * 6)
-        assert not torch.allclose(bench.call(WAYS["plain"], case, a, rates), want, atol=.05)
+        for name in ("auto", "linear"):
+            torch.testing.assert_close(
+                bench.call(WAYS[name], case, a, rates), want, rtol=0, atol=case.tol * 6
+            )
+        assert not torch.allclose(
+            bench.call(WAYS["plain"], case, a, rates), want, atol=0.05
+        )
 
 
 def test_the_matrix_one_head_at_a_time(monkeypatch):
@@ -61,46 +138,96 @@ def test_the_matrix_one_head_at_a_time(monkeypatch):
     a, rates = make_inputs(case)
     got = bench.call(bench.dense, case, a, rates)
     monkeypatch.setattr(bench, "memory_left", lambda device: 1e6)
-    with pytest.raises(bench.Skip, match="matrices need"): bench.call(bench.dense, case, a, rates)
-    torch.testing.assert_close(got, bench.call(WAYS["auto"], case, a, rates), rtol=0, atol=case.tol * 6)
+    with pytest.raises(bench.Skip, match="matrices need"):
+        bench.call(bench.dense, case, a, rates)
+    torch.testing.assert_close(
+        got, bench.call(WAYS["auto"], case, a, rates), rtol=0, atol=case.tol * 6
+    )
 
 
 def test_errors_are_measured(monkeypatch):
     case = Case(L=150, heads=2, width=8)
-    assert error_of("auto", case) < 1e-3 and error_of("plain", case) is None and error_of("auto", case._replace(L=5000)) is None
-    monkeypatch.setitem(WAYS, "wrong", lambda q, k, v, rates, case: 1.01 * WAYS["auto"](q, k, v, rates, case))
+    assert (
+        error_of("auto", case) < 1e-3
+        and error_of("plain", case) is None
+        and error_of("auto", case._replace(L=5000)) is None
+    )
+    monkeypatch.setitem(
+        WAYS,
+        "wrong",
+        lambda q, k, v, rates, case: 1.01 * WAYS["auto"](q, k, v, rates, case),
+    )
     assert error_of("wrong", case) > 1e-3
 
 
 def test_memory_is_measured_apart():
-    small, large = (peak_memory("dense", Case(L=L, heads=1, width=8, backward=False)) for L in (256, 2048))
-    assert large > 2048 ** 2 * 4 and large > 5 * small  # at least one matrix
-    assert peak_memory("flex", Case(L=128)) is None  # no backward here: nothing to measure
+    small, large = (
+        peak_memory("dense", Case(L=L, heads=1, width=8, backward=False))
+        for L in (256, 2048)
+    )
+    assert large > 2048**2 * 4 and large > 5 * small  # at least one matrix
+    # no backward here: nothing to measure
+    assert peak_memory("flex", Case(L=128)) is None
 
 
 def test_skipped_ways_say_why():
-    found, skipped = compare_ways(Case(L=200, heads=2, width=8, max_rate=9.), ("sdpa", "flex"), rounds=1)
-    assert list(found) == ["plain"] and "rate * L" in skipped["sdpa"] and skipped["flex"] == "no backward on the CPU"
+    found, skipped = compare_ways(
+        Case(L=200, heads=2, width=8, max_rate=9.0), ("sdpa", "flex"), rounds=1
+    )
+    assert (
+        list(found) == ["plain"]
+        and "rate * L" in skipped["sdpa"]
+        and skipped["flex"] == "no backward on the CPU"
+    )
 
 
 def test_scaled_and_trained_inputs():
     (q, k, v), rates = make_inputs(Case(L=100, heads=3))
-    (q4, k4, _), _ = make_inputs(Case(L=100, heads=3, score_scale=4.))
-    assert torch.equal(q4, 4 * q) and torch.equal(k4, k) and len(rates) == 3 and q.requires_grad
-    (q, k, v), rates = make_inputs(Case(L=90, heads=4, width=12, batch=2, trained=str(RESULTS / "smnist-short-las-none-0")))
-    assert q.shape == k.shape == v.shape == (2, 4, 90, 12) and not torch.equal(q[0], q[1])
+    (q4, k4, _), _ = make_inputs(Case(L=100, heads=3, score_scale=4.0))
+    assert (
+        torch.equal(q4, 4 * q)
+        and torch.equal(k4, k)
+        and len(rates) == 3
+        and q.requires_grad
+    )
+    (q, k, v), rates = make_inputs(
+        Case(
+            L=90,
+            heads=4,
+            width=12,
+            batch=2,
+            trained=str(RESULTS / "smnist-short-las-none-0"),
+        )
+    )
+    assert q.shape == k.shape == v.shape == (2, 4, 90, 12) and not torch.equal(
+        q[0], q[1]
+    )
 
 
 def test_whole_models(monkeypatch):
-    monkeypatch.setitem(bench.MODELS, "tiny", (50, 4, 2, dict(dim=16, depth=1, n_heads=2)))
+    monkeypatch.setitem(
+        bench.MODELS, "tiny", (50, 4, 2, dict(dim=16, depth=1, n_heads=2))
+    )
     speed = model_speed("tiny", rounds=1)
-    assert set(speed) == {"plain", "auto", "dense"} and speed["plain"]["ratio"] == 1 and all(s["tokens_per_s"] > 0 for s in speed.values())
+    assert (
+        set(speed) == {"plain", "auto", "dense"}
+        and speed["plain"]["ratio"] == 1
+        and all(s["tokens_per_s"] > 0 for s in speed.values())
+    )
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("bench-*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("bench-*.json")), ids=lambda p: p.stem
+)
 def test_stored_results_are_whole(path):
     record = json.loads(path.read_text())
-    assert record["finished"] and "dirty" not in record["commit"] and record["commit"] != "unknown" and record["name"] == path.stem
+    assert (
+        record["finished"]
+        and "dirty" not in record["commit"]
+        and record["commit"] != "unknown"
+        and record["name"] == path.stem
+    )
     for c in record["cases"]:
-        for w in c["ways"].values(): assert w["error"] is None or w["error"] <= c["tol"]
+        for w in c["ways"].values():
+            assert w["error"] is None or w["error"] <= c["tol"]
     assert speed_table(record).count("\n") > 2 and path.with_suffix(".png").exists()

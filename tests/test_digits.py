@@ -2,7 +2,16 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from pages import NBS
-from las_nb.digits import MODELS, accuracy, compare, digits_data, fit, make_model, plot_maps, plot_summary, table
+from las_nb.digits import (
+    MODELS,
+    accuracy,
+    digits_data,
+    fit,
+    make_model,
+    plot_maps,
+    plot_summary,
+    table,
+)
 from las_nb.model import LaSTransformer, replace_file
 
 COMMAND = str(Path(sys.executable).with_name("las_digits"))
@@ -10,8 +19,11 @@ RESULTS = json.loads((NBS / "results" / "digits.json").read_text())
 
 
 class NoBar:
-    def update(self, n): pass
-    def set_postfix(self, **values): pass
+    def update(self, n):
+        pass
+
+    def set_postfix(self, **values):
+        pass
 
 
 def few(n=64):
@@ -30,7 +42,12 @@ def test_training_is_deterministic_by_seed():
     runs = []
     for seed in (0, 0, 1):
         model = make_model("LaS", seed)
-        runs.append((fit(model, few(), epochs=2, seed=seed, bar=NoBar()), torch.cat([p.flatten() for p in model.parameters()])))
+        runs.append(
+            (
+                fit(model, few(), epochs=2, seed=seed, bar=NoBar()),
+                torch.cat([p.flatten() for p in model.parameters()]),
+            )
+        )
     assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
     assert not torch.equal(runs[0][1], runs[2][1])
 
@@ -40,66 +57,126 @@ def test_every_model_can_learn_by_heart():
     for name in MODELS:
         model, data = make_model(name), few(16)
         history = fit(model, data, epochs=100, bar=NoBar())
-        assert history["loss"][-1] < .3 * history["loss"][0], name
+        assert history["loss"][-1] < 0.3 * history["loss"][0], name
         assert accuracy(model, data["x_train"], data["y_train"]) > 80, name
 
 
 def test_the_four_models_differ_in_nothing_but_what_they_should():
     models = [make_model(name) for name in MODELS]
     states = [m.state_dict() for m in models]
-    for s in states[1:]: assert all(torch.equal(s[k], states[0][k]) for k in states[0])
+    for s in states[1:]:
+        assert all(torch.equal(s[k], states[0][k]) for k in states[0])
 
 
 def test_command_end_to_end(tmp_path):
-    done = subprocess.run([COMMAND, "--epochs", "1", "--seeds", "3,4", "--out", str(tmp_path / "new" / "folder")], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            COMMAND,
+            "--epochs",
+            "1",
+            "--seeds",
+            "3,4",
+            "--out",
+            str(tmp_path / "new" / "folder"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "new" / "folder"
     results = json.loads((out / "digits.json").read_text())
-    assert [(r["name"], r["seed"]) for r in results["runs"]] == [(n, s) for s in (3, 4) for n in MODELS]
-    for key in ("name", "task", "command", "commit", "device", "torch", "seconds", "finished"): assert results[key]
+    assert [(r["name"], r["seed"]) for r in results["runs"]] == [
+        (n, s) for s in (3, 4) for n in MODELS
+    ]
+    for key in (
+        "name",
+        "task",
+        "command",
+        "commit",
+        "device",
+        "torch",
+        "seconds",
+        "finished",
+    ):
+        assert results[key]
     for r in results["runs"]:
         assert len(r["curve"]["test"]) == len(r["curve"]["loss"]) == r["epochs"] == 1
         data, model = digits_data(), LaSTransformer.from_pretrained(out / r["weights"])
-        assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(r["test"], abs=.5)
+        assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(
+            r["test"], abs=0.5
+        )
     assert (out / "digits.png").read_bytes()[:4] == b"\x89PNG"
     assert table(results["runs"]) in done.stdout and "digits.png" in done.stdout
     assert all(f"{name:17s}" in done.stderr for name in MODELS)  # a progress bar each
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("args, says", [
-    (["--seeds", "a"], "--seeds takes whole numbers"), (["--epochs", "0"], "at least 1"), (["--jobs", "0"], "at least 1"),
-    (["--out", "/dev/null/x"], "cannot write to /dev/null/x"), (["--epochs", "many"], "invalid int value"), (["--lr", "1"], "unrecognized arguments")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--seeds", "a"], "--seeds takes whole numbers"),
+        (["--epochs", "0"], "at least 1"),
+        (["--jobs", "0"], "at least 1"),
+        (["--out", "/dev/null/x"], "cannot write to /dev/null/x"),
+        (["--epochs", "many"], "invalid int value"),
+        (["--lr", "1"], "unrecognized arguments"),
+    ],
+)
 def test_bad_calls_end_with_one_line_and_code_2(args, says):
     done = subprocess.run([COMMAND, *args], capture_output=True, text=True)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_ctrl_c_ends_the_command_and_its_workers(tmp_path):
-    p = subprocess.Popen([COMMAND, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # background jobs of a shell inherit that it is ignored
+    p = subprocess.Popen(
+        [COMMAND, "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # background jobs of a shell inherit that it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     seen = ""
-    while "seed 0" not in seen: seen += (c := p.stderr.read(1)); assert c, seen  # the first bar: training has begun
+    # the first bar: training has begun
+    while "seed 0" not in seen:
+        seen += (c := p.stderr.read(1))
+        assert c, seen
     os.killpg(p.pid, signal.SIGINT)
     _, err = p.communicate(timeout=30)
-    assert p.returncode == 2 and "stopped" in err and "Traceback" not in seen + err and not (tmp_path / "digits.json").exists()
+    assert (
+        p.returncode == 2
+        and "stopped" in err
+        and "Traceback" not in seen + err
+        and not (tmp_path / "digits.json").exists()
+    )
     for _ in range(50):  # Python's own resource tracker may take a moment
-        if not group_lives(p.pid): break
-        time.sleep(.2)
-    else: pytest.fail("a process outlived the command")
+        if not group_lives(p.pid):
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("a process outlived the command")
 
 
 def group_lives(group):
-    try: os.killpg(group, 0)
-    except ProcessLookupError: return False
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
     return True
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
     target = tmp_path / "f"
     replace_file(target, b"old")
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError): replace_file(target, b"new")
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    with pytest.raises(OSError):
+        replace_file(target, b"new")
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
 
 
@@ -110,10 +187,14 @@ def test_stored_results_say_what_the_page_says():
     mean = {name: sum(r["test"] for r in runs) / 3 for name, runs in by.items()}
     assert mean["LaS"] - mean["plain"] >= 7
     assert abs(mean["LaS + positions"] - mean["plain + positions"]) < 3
-    assert re.fullmatch(r"[0-9a-f]{7,}", RESULTS["commit"]), "results come from a committed state"
+    assert re.fullmatch(r"[0-9a-f]{7,}", RESULTS["commit"]), (
+        "results come from a committed state"
+    )
     for name, f in {"plain": "digits-plain", "LaS": "digits-las"}.items():
         data, model = digits_data(), LaSTransformer.from_pretrained(NBS / "results" / f)
-        assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(by[name][0]["test"], abs=.5)
+        assert accuracy(model, data["x_test"], data["y_test"]) == pytest.approx(
+            by[name][0]["test"], abs=0.5
+        )
 
 
 def test_summary_figure_is_drawn_without_a_display(tmp_path):
@@ -123,15 +204,21 @@ def test_summary_figure_is_drawn_without_a_display(tmp_path):
 
 
 def test_shortest_runs_have_a_schedule():
-    for epochs in (1, 5): fit(make_model("plain"), few(64), epochs=epochs, bar=NoBar())  # 2 and 10 steps
+    # 2 and 10 steps
+    for epochs in (1, 5):
+        fit(make_model("plain"), few(64), epochs=epochs, bar=NoBar())
 
 
 def test_maps_of_a_model_with_positions_are_its_own():
     from matplotlib.figure import Figure
+
     model, x = make_model("LaS + positions"), digits_data()["x_test"][0]
     axs = Figure().subplots(1, 5, squeeze=False)
     plot_maps({"LaS + positions": model}, x, axs)
     block = model.blocks[0]
-    want = block.mixer.weights(block.norm1(model.embedded(x[None])))[0, 3].detach().sqrt()
+    want = (
+        block.mixer.weights(block.norm1(model.embedded(x[None])))[0, 3].detach().sqrt()
+    )
     assert torch.allclose(torch.tensor(axs[0, 4].images[0].get_array()), want)
-    with pytest.raises(ValueError, match="'plain'"): make_model("las")
+    with pytest.raises(ValueError, match="'plain'"):
+        make_model("las")

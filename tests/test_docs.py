@@ -1,4 +1,6 @@
-"""Every page as a reader gets it, without Quarto: processed by nbdev, converted by pandoc, looked at by Chromium."""
+"""Every page as a reader gets it, without Quarto: processed by nbdev, converted by
+pandoc, looked at by Chromium."""
+
 import base64, os, re, shutil, struct, subprocess, sys, zlib
 from pathlib import Path
 import pytest, yaml
@@ -9,10 +11,12 @@ from pages import NBS, ROOT, notebooks
 CHAPTERS = [p for p in notebooks() if re.match(r"\d\d_", p.name)]
 
 
-def ids(paths): return [p.stem for p in paths]
+def ids(paths):
+    return [p.stem for p in paths]
 
 
-def page(site, path): return parsed(site / html_name(path.relative_to(NBS)))
+def page(site, path):
+    return parsed(site / html_name(path.relative_to(NBS)))
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
@@ -21,44 +25,65 @@ def test_links_lead_somewhere(site, path):
     home = f"{s['doc_host']}{s['doc_baseurl']}/"
     here = page(site, path)
     assert here.links
-    for link in here.links: follow(site, path, link, home)
+    for link in here.links:
+        follow(site, path, link, home)
 
 
 def follow(site, path, link, home):
     "Fail unless a link of the page at `path` leads to a page, and to an anchor on it."
     base = path.parent
-    if link.startswith(home): link, base = link[len(home):], NBS
-    elif re.match(r"https?:|mailto:", link): return
+    if link.startswith(home):
+        link, base = link[len(home) :], NBS
+    elif re.match(r"https?:|mailto:", link):
+        return
     target, _, anchor = link.partition("#")
     target = (base / target).resolve() if target else path
     if target.suffix in (".ipynb", ".qmd"):
         assert target.exists(), f"{path.name}: {link} leads nowhere"
         target = target.with_name(html_name(target.name))
-    target = site / target.relative_to(NBS).with_name(html_name(target.name) if target == path else target.name)
+    target = site / target.relative_to(NBS).with_name(
+        html_name(target.name) if target == path else target.name
+    )
     assert target.exists(), f"{path.name}: {link} leads nowhere"
-    if anchor: assert anchor in parsed(target).ids, f"{path.name}: no #{anchor} on {target.name}"
+    if anchor:
+        assert anchor in parsed(target).ids, (
+            f"{path.name}: no #{anchor} on {target.name}"
+        )
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
 def test_code_holds_no_markdown_links(site, path):
-    "nbdev links backticked names, in comments of signatures too, where nothing renders them."
+    """nbdev links backticked names, in comments of signatures too, where nothing
+    renders them."""
     text = (site / html_name(path.name)).read_text(encoding="utf-8")
-    for block in re.findall(r"<pre.*?</pre>", text, re.S): assert "](http" not in re.sub("<[^>]+>", "", block)
+    for block in re.findall(r"<pre.*?</pre>", text, re.S):
+        assert "](http" not in re.sub("<[^>]+>", "", block)
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
 def test_figures_have_words_and_a_white_ground(site, path):
     for cell in pages.cells(path):
-        png = [o["data"]["image/png"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        png = [
+            o["data"]["image/png"]
+            for o in cell.get("outputs", [])
+            if "image/png" in o.get("data", {})
+        ]
         if png:
             flags = pages.directives(cell)
-            for key in ("label", "fig-cap", "fig-alt"): assert flags.get(key), f"{path.name}: a figure lacks #| {key}"
+            for key in ("label", "fig-cap", "fig-alt"):
+                assert flags.get(key), f"{path.name}: a figure lacks #| {key}"
             corner = first_pixel(base64.b64decode("".join(png[0])))
-            assert corner[:3] == (255, 255, 255) and corner[3:] in ((), (255,)), f"{path.name}: {flags['label']} is not on white"
+            assert corner[:3] == (255, 255, 255) and corner[3:] in ((), (255,)), (
+                f"{path.name}: {flags['label']} is not on white"
+            )
     for image in page(site, path).images:
-        if not image["src"].startswith(("http", "data:")): assert (site / image["src"]).stat().st_size > 500
+        if not image["src"].startswith(("http", "data:")):
+            assert (site / image["src"]).stat().st_size > 500
     for cell in pages.cells(path):
-        if cell["cell_type"] == "markdown": assert not re.search(r"!\[\]\(", pages.source(cell)), f"{path.name}: an image without alt text"
+        if cell["cell_type"] == "markdown":
+            assert not re.search(r"!\[\]\(", pages.source(cell)), (
+                f"{path.name}: an image without alt text"
+            )
 
 
 def first_pixel(png):
@@ -68,10 +93,12 @@ def first_pixel(png):
     assert depth == 8 and colour in (2, 6)
     data, i = b"", 8
     while i < len(png):
-        size, kind = struct.unpack(">I4s", png[i:i + 8])
-        if kind == b"IDAT": data += png[i + 8:i + 8 + size]
+        size, kind = struct.unpack(">I4s", png[i : i + 8])
+        if kind == b"IDAT":
+            data += png[i + 8 : i + 8 + size]
         i += 12 + size
-    return tuple(zlib.decompress(data)[1:4 + (colour == 6)])  # the first pixel is the same under every PNG filter
+    # the first pixel is the same under every PNG filter
+    return tuple(zlib.decompress(data)[1 : 4 + (colour == 6)])
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=ids(CHAPTERS))
@@ -79,80 +106,143 @@ def test_a_chapter_has_its_parts(site, path):
     cells = pages.cells(path)
     text = "\n".join(pages.source(c) for c in cells if c["cell_type"] == "markdown")
     title = next(pages.source(c) for c in cells if c["cell_type"] == "markdown")
-    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", title.strip()), "the title cell holds a title and a promise, nothing else"
-    for part in ("**Needs**", "**Gives**", "**Time**", "**GPU**", "## Where we differ from the paper, and why", "## Exercises", "## References",
-                 "1. **Check.**", "2. **Break.**", "3. **Extend.**"):
+    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", title.strip()), (
+        "the title cell holds a title and a promise, nothing else"
+    )
+    for part in (
+        "**Needs**",
+        "**Gives**",
+        "**Time**",
+        "**GPU**",
+        "## Where we differ from the paper, and why",
+        "## Exercises",
+        "## References",
+        "1. **Check.**",
+        "2. **Break.**",
+        "3. **Extend.**",
+    ):
         assert part in text, f"{path.name} lacks {part}"
     code = [c for c in cells if c["cell_type"] == "code"]
-    first = next(i for i, c in enumerate(code) if any("image/png" in o.get("data", {}) for o in c["outputs"]))
+    first = next(
+        i
+        for i, c in enumerate(code)
+        if any("image/png" in o.get("data", {}) for o in c["outputs"])
+    )
     assert first < 14, "the first picture comes early"
-    assert "#| hide" in pages.source(cells[0]) and "#| eval: false" in pages.source(cells[0]) and "pip install" in pages.source(cells[0])
-    assert (ROOT / "las_nb" / f"{path.stem[3:]}.py").exists(), "one chapter is one module of that name"
+    assert (
+        "#| hide" in pages.source(cells[0])
+        and "#| eval: false" in pages.source(cells[0])
+        and "pip install" in pages.source(cells[0])
+    )
+    assert (ROOT / "las_nb" / f"{path.stem[3:]}.py").exists(), (
+        "one chapter is one module of that name"
+    )
     headings = page(site, path).headings
     assert all(b <= a + 1 for a, b in zip(headings, headings[1:])), "headings in order"
 
 
-@pytest.mark.parametrize("path", [p for p in notebooks() if p.stem != "index"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in notebooks() if p.stem != "index"], ids=lambda p: p.stem
+)
 def test_badge_opens_this_notebook(path):
     text = "\n".join(map(pages.source, pages.cells(path)))
-    assert re.findall(r"\]\((https://colab\.research\.google\.com/github/[^)]*)\)", text) == [pages.colab(path)]
+    assert re.findall(
+        r"\]\((https://colab\.research\.google\.com/github/[^)]*)\)", text
+    ) == [pages.colab(path)]
 
 
 def test_solutions_answer_every_exercise():
-    text = "\n".join(pages.source(c) for c in pages.cells(NBS / "solutions.ipynb") if c["cell_type"] == "markdown")
-    for kind in ("**1. Check.**", "**2. Break.**", "**3. Extend.**"): assert text.count(kind) == len(CHAPTERS)
+    text = "\n".join(
+        pages.source(c)
+        for c in pages.cells(NBS / "solutions.ipynb")
+        if c["cell_type"] == "markdown"
+    )
+    for kind in ("**1. Check.**", "**2. Break.**", "**3. Extend.**"):
+        assert text.count(kind) == len(CHAPTERS)
 
 
 def test_the_owner_stands_in_settings_alone():
     for path in [*notebooks(), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         text = path.read_text(encoding="utf-8")
-        assert pages.with_owner(text) == text, f"{path.name} names another owner: run `make sync`"
-    other = pages.with_owner("https://github.com/someone/las_nb https://someone.github.io/las_nb/x.html c/github/someone/las_nb/blob")
+        assert pages.with_owner(text) == text, (
+            f"{path.name} names another owner: run `make sync`"
+        )
+    other = pages.with_owner(
+        "https://github.com/someone/las_nb https://someone.github.io/las_nb/x.html "
+        "c/github/someone/las_nb/blob"
+    )
     assert "someone" not in other
 
 
 def test_readme_is_the_index():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == pages.readme(), "README.md differs from nbs/index.ipynb: run `make sync`"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == pages.readme(), (
+        "README.md differs from nbs/index.ipynb: run `make sync`"
+    )
 
 
 def test_readme_paths_exist():
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", pages.readme()): assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", pages.readme()):
+        assert (ROOT / target).exists(), target
 
 
 def test_quarto_config_is_one_file_and_lists_every_page():
-    assert (NBS / "_quarto.yml").read_text() == (ROOT / "_quarto.yml").read_text(), "nbs/_quarto.yml must be a symlink to ../_quarto.yml (git config core.symlinks true)"
+    assert (NBS / "_quarto.yml").read_text() == (ROOT / "_quarto.yml").read_text(), (
+        "nbs/_quarto.yml must be a symlink to ../_quarto.yml (git config core.symlinks "
+        "true)"
+    )
     cfg = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+
     def hrefs(items):
         for i in items:
-            if "href" in i: yield i["href"]
+            if "href" in i:
+                yield i["href"]
             yield from hrefs(i.get("contents", []))
-    assert sorted(hrefs(cfg["website"]["sidebar"]["contents"])) == sorted(p.relative_to(NBS).as_posix() for p in [*notebooks(), *NBS.glob("api/*.qmd")])
+
+    assert sorted(hrefs(cfg["website"]["sidebar"]["contents"])) == sorted(
+        p.relative_to(NBS).as_posix() for p in [*notebooks(), *NBS.glob("api/*.qmd")]
+    )
     assert cfg["format"]["html"]["keep-md"] is True
 
 
 def test_the_reference_is_the_library():
     "Every page of it as `make sync` writes it; every public name on it."
     wanted = reference.write()
-    assert {p.relative_to(NBS).as_posix() for p in NBS.glob("api/*")} == set(wanted), "pages of the reference are missing or left over: run `make sync`"
-    for name, text in wanted.items(): assert (NBS / name).read_text(encoding="utf-8") == text, f"{name} differs from the library: run `make sync`"
+    assert {p.relative_to(NBS).as_posix() for p in NBS.glob("api/*")} == set(wanted), (
+        "pages of the reference are missing or left over: run `make sync`"
+    )
+    for name, text in wanted.items():
+        assert (NBS / name).read_text(encoding="utf-8") == text, (
+            f"{name} differs from the library: run `make sync`"
+        )
     for module in reference.modules():
         text = wanted[f"api/{reference.stem(module)}.qmd"]
-        for public in reference.load(module).__all__: assert f"{{#{public}}}" in text or f"`{public}`" in text or f"[{public}]" in text, f"{module}.{public}"
+        for public in reference.load(module).__all__:
+            assert (
+                f"{{#{public}}}" in text
+                or f"`{public}`" in text
+                or f"[{public}]" in text
+            ), f"{module}.{public}"
 
 
 def test_reference_tables_survive_types_with_bars():
     from las_nb.model import LaSAttention
+
     rows = reference.table(LaSAttention.__init__).splitlines()
-    assert all(len(re.split(r"(?<!\\)\|", r)) == 6 for r in rows) and any("`float or None`" in r for r in rows)
+    assert all(len(re.split(r"(?<!\\)\|", r)) == 6 for r in rows) and any(
+        "`float or None`" in r for r in rows
+    )
 
 
 @pytest.mark.parametrize("name", sorted(reference.write()))
 def test_reference_links_and_headings(site, name):
     page = parsed(site / html_name(name))
-    for link in page.links: follow(site, NBS / name, link, "https://none/")
+    for link in page.links:
+        follow(site, NBS / name, link, "https://none/")
     front = yaml.safe_load((NBS / name).read_text(encoding="utf-8").split("---")[1])
     assert set(front) == {"title", "description"} and all(front.values())
-    assert page.headings[0] == 1 and all(b <= a + 1 for a, b in zip(page.headings, page.headings[1:]))
+    assert page.headings[0] == 1 and all(
+        b <= a + 1 for a, b in zip(page.headings, page.headings[1:])
+    )
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
@@ -165,105 +255,208 @@ def test_headings_are_in_order(site, path):
 def test_pages_are_light(site, path):
     "Text and pictures of a page stay under 2 MB."
     file = site / html_name(path.name)
-    size = file.stat().st_size + sum((site / i["src"]).stat().st_size for i in page(site, path).images if not i["src"].startswith(("http", "data:")))
+    size = file.stat().st_size + sum(
+        (site / i["src"]).stat().st_size
+        for i in page(site, path).images
+        if not i["src"].startswith(("http", "data:"))
+    )
     assert size < 2e6, f"{path.name} takes {size / 1e6:.1f} MB"
 
 
 def test_title_cells_and_descriptions():
-    for path in notebooks(): assert reference.head(path), f"{path.name}: the first Markdown cell is '# title', an empty line, '> promise'"
+    for path in notebooks():
+        assert reference.head(path), (
+            f"{path.name}: the first Markdown cell is '# title', an empty line, '> "
+            "promise'"
+        )
 
 
 def test_spelling():
     "No word that codespell knows to be wrong, on any page."
-    files = [*notebooks(), *ROOT.glob("*.md"), *ROOT.glob(".github/**/*.*"), *(NBS / "interactive").iterdir()]
-    words = "docment,docments,fro,trough,las,hist,nd,ot,ans,te"  # right words and names in code
-    done = subprocess.run([sys.executable, "-m", "codespell_lib", f"--ignore-words-list={words}", "--ignore-regex=[A-Za-z0-9+/]{60,}|\\[[A-Z]+ [^\\]]*\\]", *map(str, files)], capture_output=True, text=True)
+    files = [
+        *notebooks(),
+        *ROOT.glob("*.md"),
+        *ROOT.glob(".github/**/*.*"),
+        *(NBS / "interactive").iterdir(),
+    ]
+    # right words and names in code
+    words = "docment,docments,fro,trough,las,hist,nd,ot,ans,te"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "codespell_lib",
+            f"--ignore-words-list={words}",
+            "--ignore-regex=[A-Za-z0-9+/]{60,}|\\[[A-Z]+ [^\\]]*\\]",
+            *map(str, files),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
-    bad = subprocess.run([sys.executable, "-m", "codespell_lib", "-"], input="recieve\n", capture_output=True, text=True)
+    bad = subprocess.run(
+        [sys.executable, "-m", "codespell_lib", "-"],
+        input="recieve\n",
+        capture_output=True,
+        text=True,
+    )
     assert bad.returncode != 0  # it can fail
 
 
-COMMANDS = re.compile(r"^!?(?:[A-Z_]+=\S+ )*(?:accelerate launch .*\$\(which (?P<wrapped>las_\w+)\)|(?P<plain>las_\w+))(?P<rest>[^#\n]*)", re.M)
+COMMANDS = re.compile(
+    r"^!?(?:[A-Z_]+=\S+ )*(?:accelerate launch .*\$\(which (?P<wrapped>las_\w+)\)|(?P<plain>las_\w+))(?P<rest>[^#\n]*)",
+    re.M,
+)
 
 
 def commands():
     "Every command line of this library on a page that shows some."
-    return sorted({(m["wrapped"] or m["plain"], m["rest"].strip()) for p in notebooks() for c in pages.cells(p) if c["cell_type"] == "markdown"
-                   for block in re.findall(r"```console\n(.*?)```", pages.source(c), re.S) for m in COMMANDS.finditer(block)})
+    return sorted(
+        {
+            (m["wrapped"] or m["plain"], m["rest"].strip())
+            for p in notebooks()
+            for c in pages.cells(p)
+            if c["cell_type"] == "markdown"
+            for block in re.findall(r"```console\n(.*?)```", pages.source(c), re.S)
+            for m in COMMANDS.finditer(block)
+        }
+    )
 
 
 def test_commands_on_pages_exist():
     "Commands, options, tasks, presets and files named on pages are real."
     from las_nb.data import every_task
     from las_nb.train import presets
+
     found, help = commands(), {}
     assert len(found) > 30
     for name, rest in found:
-        if name not in help: help[name] = subprocess.run([Path(sys.executable).with_name(name), "--help"], capture_output=True, text=True, check=True).stdout
+        if name not in help:
+            help[name] = subprocess.run(
+                [Path(sys.executable).with_name(name), "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
         words = rest.split()
         for w in words:
-            if w.startswith("--"): assert re.search(rf"{w}\b", help[name]), f"{name} has no option {w}"
-            if w.endswith(".toml"): assert (ROOT / w).exists(), f"{name} {rest}: there is no {w}"
-        if name in ("las_train", "las_data") and words and words[0].islower() and words[0].isalpha(): assert words[0] in [*every_task(), "mnist"], f"{name} {rest}: there is no such task"
-        if "--preset" in words: assert words[words.index("--preset") + 1] in presets(words[0]), f"{name} {rest}: there is no such preset"
+            if w.startswith("--"):
+                assert re.search(rf"{w}\b", help[name]), f"{name} has no option {w}"
+            if w.endswith(".toml"):
+                assert (ROOT / w).exists(), f"{name} {rest}: there is no {w}"
+        if (
+            name in ("las_train", "las_data")
+            and words
+            and words[0].islower()
+            and words[0].isalpha()
+        ):
+            assert words[0] in [*every_task(), "mnist"], (
+                f"{name} {rest}: there is no such task"
+            )
+        if "--preset" in words:
+            assert words[words.index("--preset") + 1] in presets(words[0]), (
+                f"{name} {rest}: there is no such preset"
+            )
 
 
 def test_colab_cell_takes_pypi_else_the_repository(tmp_path):
-    "Run with stand-ins for pip and git: outside Colab nothing happens, inside the library and the stored results arrive."
-    (tmp_path / "bin").mkdir(); log = tmp_path / "log"
-    for tool, body in (("pip", 'case "$*" in *==*) exit "$PYPI";; esac'), ("git", "mkdir -p book/nbs/results book/nbs/grids")):
+    """Run with stand-ins for pip and git: outside Colab nothing happens, inside the
+    library and the stored results arrive."""
+    (tmp_path / "bin").mkdir()
+    log = tmp_path / "log"
+    for tool, body in (
+        ("pip", 'case "$*" in *==*) exit "$PYPI";; esac'),
+        ("git", "mkdir -p book/nbs/results book/nbs/grids"),
+    ):
         script = tmp_path / "bin" / tool
-        script.write_text(f'#!/bin/sh\necho {tool} "$@" >> {log}\n{body}\n'); script.chmod(0o755)
+        script.write_text(f'#!/bin/sh\necho {tool} "$@" >> {log}\n{body}\n')
+        script.chmod(0o755)
     content, s = tmp_path / "content", pages.settings()
+
     def run(pypi):
         log.write_text("")
-        subprocess.run(["sh", "-c", pages.install()[1:].replace("/content", str(content))], env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYPI": pypi}, cwd=tmp_path)
+        subprocess.run(
+            ["sh", "-c", pages.install()[1:].replace("/content", str(content))],
+            env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYPI": pypi},
+            cwd=tmp_path,
+        )
         return log.read_text()
+
     assert run("0") == ""
     content.mkdir()
     first = run("0")
-    assert f"las_nb[train]=={s['version']}" in first and "git+" not in first and (content / "results").exists() and (content / "grids").exists()
+    assert (
+        f"las_nb[train]=={s['version']}" in first
+        and "git+" not in first
+        and (content / "results").exists()
+        and (content / "grids").exists()
+    )
     assert f"git+{pages.git_url()}@{s['branch']}" in run("1")
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=ids(CHAPTERS))
 def test_gpu_chapters_say_how_to_get_one(path):
-    line = re.search(r"\*\*GPU\*\* ([^\n]*)", "\n".join(map(pages.source, pages.cells(path)))).group(1)
+    line = re.search(
+        r"\*\*GPU\*\* ([^\n]*)", "\n".join(map(pages.source, pages.cells(path)))
+    ).group(1)
     assert line == "no" or "Change runtime type" in line, f"{path.name}: {line}"
 
 
 def test_pages_are_accessible(site, browser):
-    "axe-core finds no violation of WCAG A and AA in what pages bring (colours of themes are not here; those of the figures are)."
+    """axe-core finds no violation of WCAG A and AA in what pages bring (colours of
+    themes are not here; those of the figures are)."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     for path in notebooks():
-        p = browser.new_page(); p.goto((site / html_name(path.name)).as_uri())
-        rules = {"color-contrast": {"enabled": path.stem == "play"}, "scrollable-region-focusable": {"enabled": False}}
-        found = axe.run(p, context=".play" if path.stem == "play" else None, options={"runOnly": ["wcag2a", "wcag2aa"], "rules": rules})
+        p = browser.new_page()
+        p.goto((site / html_name(path.name)).as_uri())
+        rules = {
+            "color-contrast": {"enabled": path.stem == "play"},
+            "scrollable-region-focusable": {"enabled": False},
+        }
+        found = axe.run(
+            p,
+            context=".play" if path.stem == "play" else None,
+            options={"runOnly": ["wcag2a", "wcag2aa"], "rules": rules},
+        )
         p.close()
-        assert found.violations_count == 0, f"{path.name}: {found.generate_report()[:1500]}"
+        assert found.violations_count == 0, (
+            f"{path.name}: {found.generate_report()[:1500]}"
+        )
 
 
 def test_own_colours_have_contrast():
-    "Text colours of styles.css against the ground of its theme: 4.5 to 1 or more; the figures' against both: 3 to 1 or more."
-    css, grounds = (NBS / "styles.css").read_text(), {"light": "#ffffff", "dark": "#222222"}
+    """Text colours of styles.css against the ground of its theme: 4.5 to 1 or more; the
+    figures' against both: 3 to 1 or more."""
+    css = (NBS / "styles.css").read_text()
+    grounds = {"light": "#ffffff", "dark": "#222222"}
     rules = re.findall(r"quarto-(light|dark)[^{}]*\{ color: (#\w{6})", css)
     assert len(rules) >= 4
-    for theme, colour in rules: assert contrast(colour, grounds[theme]) >= 4.5, f"{colour} on {theme}"
+    for theme, colour in rules:
+        assert contrast(colour, grounds[theme]) >= 4.5, f"{colour} on {theme}"
     drawn = re.findall(r'= "(#\w{6})"', (NBS / "interactive" / "play.js").read_text())
     assert len(drawn) == 4
     for colour in drawn:
-        for ground in grounds.values(): assert contrast(colour, ground) >= 3, f"{colour} on {ground}"
+        for ground in grounds.values():
+            assert contrast(colour, ground) >= 3, f"{colour} on {ground}"
     nav = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["navbar"]
-    assert contrast(nav["background"], nav["foreground"]) >= 4.5 and contrast("#777777", "#888888") < 3
+    assert (
+        contrast(nav["background"], nav["foreground"]) >= 4.5
+        and contrast("#777777", "#888888") < 3
+    )
 
 
 def contrast(a, b):
     "Contrast of two colours by WCAG 2."
+
     def luminance(c):
-        r, g, b = (int(c[i:i + 2], 16) / 255 for i in (1, 3, 5))
-        return sum(w * (v / 12.92 if v <= .04045 else ((v + .055) / 1.055) ** 2.4) for w, v in ((.2126, r), (.7152, g), (.0722, b)))
+        r, g, b = (int(c[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        return sum(
+            w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4)
+            for w, v in ((0.2126, r), (0.7152, g), (0.0722, b))
+        )
+
     low, high = sorted((luminance(a), luminance(b)))
-    return (high + .05) / (low + .05)
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_pages_look_like_pages(site, browser, tmp_path):
@@ -271,8 +464,13 @@ def test_pages_look_like_pages(site, browser, tmp_path):
     p = browser.new_page(viewport=dict(width=1000, height=1400))
     for path in [*notebooks(), NBS / "api" / "fast.qmd", NBS / "api" / "index.qmd"]:
         shot = tmp_path / f"{path.stem}.png"
-        p.goto((site / html_name(path.relative_to(NBS))).as_uri()); p.screenshot(path=shot)
+        p.goto((site / html_name(path.relative_to(NBS))).as_uri())
+        p.screenshot(path=shot)
         assert shot.stat().st_size > 20_000, f"{path.stem}: the page is all but empty"
-        assert p.evaluate("[...document.querySelectorAll('.play')].every(e => e.getBoundingClientRect().right <= 1000)"), f"{path.stem}: a figure runs off to the right"
+        assert p.evaluate(
+            "[...document.querySelectorAll('.play')].every(e => "
+            "e.getBoundingClientRect().right <= 1000)"
+        ), f"{path.stem}: a figure runs off to the right"
     p.close()
-    if keep := os.environ.get("LAS_NB_SHOTS"): shutil.copytree(tmp_path, keep, dirs_exist_ok=True)
+    if keep := os.environ.get("LAS_NB_SHOTS"):
+        shutil.copytree(tmp_path, keep, dirs_exist_ok=True)

@@ -4,29 +4,61 @@ from hypothesis import assume, given, settings, strategies as st
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from las_nb import fast
-from las_nb.fast import (LIMIT, METHODS, TOL, Band, far_delta, far_error, fit_band, flash, flash_backward, las_attention, one_sided, plan,
-                         safe_limit, score_bounds, serves, two_sided)
+from las_nb.fast import (
+    LIMIT,
+    METHODS,
+    TOL,
+    Band,
+    far_delta,
+    far_error,
+    fit_band,
+    flash,
+    flash_backward,
+    las_attention,
+    one_sided,
+    plan,
+    safe_limit,
+    score_bounds,
+    serves,
+    two_sided,
+)
 from las_nb.las import las_dense
 
-RATES = [0., 1e-3, .05, .3, 2., 50.]
-EPS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+RATES = [0.0, 1e-3, 0.05, 0.3, 2.0, 50.0]
+EPS = {
+    torch.float64: 1e-10,
+    torch.float32: 3e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 HALF = (torch.float16, torch.bfloat16)
 pools, causals = st.sampled_from(["scores", "weights"]), st.booleans()
 both = pytest.mark.parametrize("causal", [True, False])
 
 
-def qkv(B, H, L, D, seed=0, dtype=torch.float64, scale=1., width=None):
+def qkv(B, H, L, D, seed=0, dtype=torch.float64, scale=1.0, width=None):
     g = torch.Generator().manual_seed(seed)
-    return [(scale * torch.randn(B, H, L, d, generator=g, dtype=torch.float64)).to(dtype) for d in (D, D, width or D)]
+    return [
+        (scale * torch.randn(B, H, L, d, generator=g, dtype=torch.float64)).to(dtype)
+        for d in (D, D, width or D)
+    ]
 
 
-def norms(x): return torch.linalg.vector_norm(x.double(), dim=-1)  # (B, H, L)
+def norms(x):
+    return torch.linalg.vector_norm(x.double(), dim=-1)  # (B, H, L)
+
+
 def excess(got, want, v, tol):
     "By how much an error exceeds `tol` times the largest value of its head."
-    return (norms(got.double() - want.double()).amax(-1) - tol * norms(v).amax(-1)).max().item()
+    return (
+        (norms(got.double() - want.double()).amax(-1) - tol * norms(v).amax(-1))
+        .max()
+        .item()
+    )
 
 
-def tensor(rates): return torch.tensor(rates, dtype=torch.float64)
+def tensor(rates):
+    return torch.tensor(rates, dtype=torch.float64)
 
 
 def blockwise(q, k, v, rates, W, pool, causal, lengths, chunk):
@@ -47,22 +79,42 @@ def problems(draw, longest=200):
     rates = draw(st.lists(st.sampled_from(RATES), min_size=H, max_size=H))
     lengths = draw(st.none() | st.lists(st.integers(1, L), min_size=B, max_size=B))
     width = draw(st.none() | st.integers(1, 9))
-    return B, H, L, D, width, rates, None if lengths is None else torch.tensor(lengths), draw(st.integers(0, 999))
+    return (
+        B,
+        H,
+        L,
+        D,
+        width,
+        rates,
+        None if lengths is None else torch.tensor(lengths),
+        draw(st.integers(0, 999)),
+    )
 
 
 @pytest.mark.parametrize("method", ["auto", "linear", "sdpa"])
 @settings(max_examples=150, deadline=None)
-@given(problem=problems(), W=st.integers(1, 25) | st.just(201), pool=pools, causal=causals, tol=st.sampled_from([1e-2, 1e-5, 1e-10]),
-       chunk=st.sampled_from([None, None, 1, 7, 64, 300]), scale=st.sampled_from([.5, 1., 3.]))
+@given(
+    problem=problems(),
+    W=st.integers(1, 25) | st.just(201),
+    pool=pools,
+    causal=causals,
+    tol=st.sampled_from([1e-2, 1e-5, 1e-10]),
+    chunk=st.sampled_from([None, None, 1, 7, 64, 300]),
+    scale=st.sampled_from([0.5, 1.0, 3.0]),
+)
 def test_keeps_its_promise(method, problem, W, pool, causal, tol, chunk, scale):
     B, H, L, D, width, rates, lengths, seed = problem
-    if method == "sdpa": rates = [r if r * min(L, chunk or L) <= 700 else .3 for r in rates]
+    if method == "sdpa":
+        rates = [r if r * min(L, chunk or L) <= 700 else 0.3 for r in rates]
     a = qkv(B, H, L, D, seed, scale=scale, width=width)
     want = blockwise(*a, tensor(rates), W, pool, causal, lengths, chunk)
     if lengths is not None:
         for b in range(B):
-            for t in a: t[b, :, lengths[b]:] = math.nan
-    out = las_attention(*a, tuple(rates), W, pool, causal, lengths, method, tol, chunk=chunk)
+            for t in a:
+                t[b, :, lengths[b] :] = math.nan
+    out = las_attention(
+        *a, tuple(rates), W, pool, causal, lengths, method, tol, chunk=chunk
+    )
     assert out.shape == a[2].shape and out.dtype == torch.float64
     for b in range(B):
         n = L if lengths is None else int(lengths[b])
@@ -74,22 +126,34 @@ def test_keeps_its_promise(method, problem, W, pool, causal, tol, chunk, scale):
 @pytest.mark.parametrize("method", ["auto", "linear", "sdpa"])
 @both
 def test_dtypes(dtype, method, causal):
-    rates = (0., 1e-3, .01) if method == "sdpa" else (0., 1e-3, .1, .3, 50.)
+    rates = (0.0, 1e-3, 0.01) if method == "sdpa" else (0.0, 1e-3, 0.1, 0.3, 50.0)
     for pool in ("scores", "weights"):
         for W in (1, 4):
             for lengths in (None, torch.tensor([400, 211])):
                 a = qkv(2, len(rates), 400, 16, W, dtype)
                 out = las_attention(*a, rates, W, pool, causal, lengths, method)
-                want = las_dense(*(t.double() for t in a), tensor(rates), W, pool, causal, lengths)
+                want = las_dense(
+                    *(t.double() for t in a), tensor(rates), W, pool, causal, lengths
+                )
                 assert out.dtype == dtype
                 for b, n in enumerate([400, 400] if lengths is None else lengths):
                     assert out[b, :, :n].isfinite().all()
-                    assert excess(out[b, :, :n], want[b, :, :n], a[2][b, :, :n], TOL[dtype] + EPS[dtype] / 2) <= 0
+                    assert (
+                        excess(
+                            out[b, :, :n],
+                            want[b, :, :n],
+                            a[2][b, :, :n],
+                            TOL[dtype] + EPS[dtype] / 2,
+                        )
+                        <= 0
+                    )
 
 
 def aligned(L, signs, S, D=8):
-    "All scores are +S or -S, and values have the sign of their keys: every far error adds up."
-    u = torch.zeros(D, dtype=torch.float64); u[0] = math.sqrt(S * math.sqrt(D))
+    """All scores are +S or -S, and values have the sign of their keys: every far error
+    adds up."""
+    u = torch.zeros(D, dtype=torch.float64)
+    u[0] = math.sqrt(S * math.sqrt(D))
     x = signs(torch.arange(L))[:, None] * u  # (L, D)
     return u.expand(L, D), x, x / u[0]
 
@@ -97,56 +161,95 @@ def aligned(L, signs, S, D=8):
 def adversaries(L=600, D=8):
     q, k, v = (t[0, 0] for t in qkv(1, 1, L, D))
     i = torch.arange(L)[:, None]
-    sign = 1. - 2 * (i % 2)
+    sign = 1.0 - 2 * (i % 2)
     run = i[:, 0] // 97 * 97
-    hot = torch.zeros(L, D, dtype=torch.float64); hot[::113, 0] = 1.
+    hot = torch.zeros(L, D, dtype=torch.float64)
+    hot[::113, 0] = 1.0
     yield "norms", (30 * q, k, 30 * v)
     yield "huge", (30 * q, 30 * k, 30 * v)
     yield "constant keys", (q, k[:1].expand(L, D), v)
     yield "one-hot values", (2 * q, k, hot)
     yield "cancelling values", (q, k, sign * v[:1])
-    yield "cancelling everywhere", (q[:1].expand(L, D), k[:1].expand(L, D), sign * v[:1])
+    yield (
+        "cancelling everywhere",
+        (q[:1].expand(L, D), k[:1].expand(L, D), sign * v[:1]),
+    )
     yield "runs", (2 * q[run], k[run], v[run])
-    yield "same signs", aligned(L, lambda j: torch.ones(L).double(), 5.)
-    yield "alternating", aligned(L, lambda j: 1. - 2 * (j % 2).double(), 5.)
-    yield "far against near", aligned(L, lambda j: torch.where(j < L - 150, 1., -1.).double(), 5.)
-    yield "near against far", aligned(L, lambda j: torch.where(j < L - 150, -1., 1.).double(), 5.)
+    yield "same signs", aligned(L, lambda j: torch.ones(L).double(), 5.0)
+    yield "alternating", aligned(L, lambda j: 1.0 - 2 * (j % 2).double(), 5.0)
+    yield (
+        "far against near",
+        aligned(L, lambda j: torch.where(j < L - 150, 1.0, -1.0).double(), 5.0),
+    )
+    yield (
+        "near against far",
+        aligned(L, lambda j: torch.where(j < L - 150, -1.0, 1.0).double(), 5.0),
+    )
 
 
 @pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize("name, case", list(adversaries()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "name, case", list(adversaries()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_adversaries(name, case, dtype):
-    rates = (.1, .5)
+    rates = (0.1, 0.5)
     q, k, v = (t.to(dtype).expand(1, 2, *t.shape) for t in case)
     S = score_bounds(q, k).max().item() * 1.001
     eps = torch.finfo(dtype).eps
     for causal in (True, False):
         for W in (1, 3):
-            want = las_dense(q.double(), k.double(), v.double(), tensor(rates), W, "scores", causal)
+            want = las_dense(
+                q.double(), k.double(), v.double(), tensor(rates), W, "scores", causal
+            )
             for tol in (1e-2, 1e-4):
                 for bound in (None, S):
-                    out = las_attention(q, k, v, rates, W, "scores", causal, None, "linear", tol, bound)
+                    out = las_attention(
+                        q, k, v, rates, W, "scores", causal, None, "linear", tol, bound
+                    )
                     assert out.isfinite().all() and out.dtype == dtype
                     assert excess(out, want, v, tol + 2 * eps * (1 + S)) <= 0
 
 
-@pytest.mark.parametrize("tol, S", [(1e-2, .02), (1e-3, .003)])
+@pytest.mark.parametrize("tol, S", [(1e-2, 0.02), (1e-3, 0.003)])
 @both
 def test_the_worst_case_is_near_the_bound(tol, S, causal):
-    def signs(j): return 1. - 2 * (j % 2).double()
+    def signs(j):
+        return 1.0 - 2 * (j % 2).double()
+
     a = [t.expand(1, 1, *t.shape) for t in aligned(800, signs, S)]
-    out = las_attention(*a, (.005,), 1, "scores", causal, method="linear", tol=tol, score_bound=1.001 * S)
-    assert tol / 20 < norms(out - las_dense(*a, tensor((.005,)), 1, "scores", causal)).max() / norms(a[2]).max() <= tol
+    out = las_attention(
+        *a,
+        (0.005,),
+        1,
+        "scores",
+        causal,
+        method="linear",
+        tol=tol,
+        score_bound=1.001 * S,
+    )
+    assert (
+        tol / 20
+        < norms(out - las_dense(*a, tensor((0.005,)), 1, "scores", causal)).max()
+        / norms(a[2]).max()
+        <= tol
+    )
 
 
 @both
 def test_heads_may_have_bounds_of_their_own(causal):
-    L, rates = 2000, (.1, .11)
-    heads = zip(*(aligned(L, lambda j: torch.where(j < L - 100, 1., -1.).double(), S) for S in (1e-2, 50.)))
+    L, rates = 2000, (0.1, 0.11)
+    heads = zip(
+        *(
+            aligned(L, lambda j: torch.where(j < L - 100, 1.0, -1.0).double(), S)
+            for S in (1e-2, 50.0)
+        )
+    )
     a = [torch.stack(t)[None] for t in heads]
     want = las_dense(*a, tensor(rates), 1, "scores", causal)
     for bound in ((1.01e-2, 50.1), None):
-        out = las_attention(*a, rates, 1, "scores", causal, method="linear", tol=1e-4, score_bound=bound)
+        out = las_attention(
+            *a, rates, 1, "scores", causal, method="linear", tol=1e-4, score_bound=bound
+        )
         assert excess(out, want, a[2], 1e-4) <= 1e-9
 
 
@@ -155,105 +258,176 @@ def test_heads_may_have_bounds_of_their_own(causal):
 @both
 @pytest.mark.parametrize("lengths", [None, torch.tensor([230, 101])])
 def test_gradients(method, pool, causal, lengths):
-    rates = (.5, 0., 1.2)
-    if method == "linear": assert sum(bool(g.band) for g in plan(rates, 230, torch.float64, method, 1e-10, (64.,) * 3))
+    rates = (0.5, 0.0, 1.2)
+    if method == "linear":
+        assert sum(
+            bool(g.band)
+            for g in plan(rates, 230, torch.float64, method, 1e-10, (64.0,) * 3)
+        )
     a = [t.requires_grad_() for t in qkv(2, 3, 230, 5, width=7)]
     weight = qkv(2, 3, 230, 7, 1)[0]
-    if lengths is not None: weight[1, :, 101:] = 0
-    def grads(f, **kw): return torch.autograd.grad((f(*a, tensor(rates), 4, pool, causal, lengths, **kw) * weight).sum(), a)
-    for got, want in zip(grads(las_attention, method=method, tol=1e-10), grads(las_dense)):
-        assert want.abs().max() > .1
+    if lengths is not None:
+        weight[1, :, 101:] = 0
+
+    def grads(f, **kw):
+        return torch.autograd.grad(
+            (f(*a, tensor(rates), 4, pool, causal, lengths, **kw) * weight).sum(), a
+        )
+
+    for got, want in zip(
+        grads(las_attention, method=method, tol=1e-10), grads(las_dense)
+    ):
+        assert want.abs().max() > 0.1
         torch.testing.assert_close(got, want, rtol=0, atol=1e-8)
 
 
-bands = pytest.mark.parametrize("band", [None, Band(2, 2), Band(2, 4), Band(2, 2, 2), Band(2, 4, 9), Band(3, 3, 1)])
+bands = pytest.mark.parametrize(
+    "band", [None, Band(2, 2), Band(2, 4), Band(2, 2, 2), Band(2, 4, 9), Band(3, 3, 1)]
+)
 
 
 @bands
 def test_gradcheck_one_sided(band):
-    a = [t.requires_grad_() for t in qkv(1, 2, 15, 2, scale=.7)]
-    rates = tensor((.3, .8))
+    a = [t.requires_grad_() for t in qkv(1, 2, 15, 2, scale=0.7)]
+    rates = tensor((0.3, 0.8))
     assert torch.autograd.gradcheck(lambda *x: tuple(one_sided(*x, rates, band)), a)
-    assert torch.autograd.gradcheck(lambda q, k: one_sided(q, k, a[2].detach(), rates, band)[1], a[:2])
+    assert torch.autograd.gradcheck(
+        lambda q, k: one_sided(q, k, a[2].detach(), rates, band)[1], a[:2]
+    )
 
 
 @pytest.mark.parametrize("band", [None, Band(2, 4), Band(2, 2, 2)])
-@pytest.mark.parametrize("window, lengths", [(1, None), (3, None), (3, torch.tensor([10])), (4, torch.tensor([10]))])
+@pytest.mark.parametrize(
+    "window, lengths",
+    [(1, None), (3, None), (3, torch.tensor([10])), (4, torch.tensor([10]))],
+)
 def test_gradcheck_two_sided(band, window, lengths):
-    a = [t.requires_grad_() for t in qkv(1, 2, 12, 2, scale=.7)]
+    a = [t.requires_grad_() for t in qkv(1, 2, 12, 2, scale=0.7)]
     n = 12 if lengths is None else 10
+
     def f(*x):
-        if lengths is not None: x = [torch.cat([t[:, :, :n], torch.zeros_like(t[:, :, n:])], 2) for t in x]  # as las_attention does
-        return two_sided(*x, tensor((.3, .8)), window, band, lengths)[:, :, :n]
+        # as las_attention does
+        if lengths is not None:
+            x = [torch.cat([t[:, :, :n], torch.zeros_like(t[:, :, n:])], 2) for t in x]
+        return two_sided(*x, tensor((0.3, 0.8)), window, band, lengths)[:, :, :n]
+
     assert torch.autograd.gradcheck(f, a)
 
 
 @bands
 def test_the_denominator_alone(band):
-    q, k, v = (t.requires_grad_() for t in qkv(1, 2, 15, 3, scale=.7))
-    rates = tensor((9., 12.) if band else (.3, .8))  # so fast that nothing of the far scores is left
-    i = torch.arange(15.).double()
-    e = (q @ k.transpose(-2, -1)) * 3 ** -.5 * torch.exp(-rates[:, None, None] * (i[:, None] - i))
+    q, k, v = (t.requires_grad_() for t in qkv(1, 2, 15, 3, scale=0.7))
+    # so fast that nothing of the far scores is left
+    rates = tensor((9.0, 12.0) if band else (0.3, 0.8))
+    i = torch.arange(15.0).double()
+    e = (
+        (q @ k.transpose(-2, -1))
+        * 3**-0.5
+        * torch.exp(-rates[:, None, None] * (i[:, None] - i))
+    )
     want = e.masked_fill(i[:, None] < i, -math.inf).logsumexp(-1)
     got, weight = one_sided(q, k, v, rates, band)[1], torch.linspace(-1, 2, 15).double()
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
-    found = [torch.autograd.grad((x * weight).sum(), (q, k, v), allow_unused=True) for x in (got, want)]
-    for x, y in zip(*([torch.zeros_like(q) if t is None else t for t in grads] for grads in found)):
+    found = [
+        torch.autograd.grad((x * weight).sum(), (q, k, v), allow_unused=True)
+        for x in (got, want)
+    ]
+    for x, y in zip(
+        *([torch.zeros_like(q) if t is None else t for t in grads] for grads in found)
+    ):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-8)
 
 
-SLOW, FAST = (0., 1e-3, .05, .1), (0., .1, .5, 2.)
+SLOW, FAST = (0.0, 1e-3, 0.05, 0.1), (0.0, 0.1, 0.5, 2.0)
 
 
-@pytest.mark.parametrize("method, rates", [("dense", FAST), ("sdpa", SLOW), ("linear", FAST), ("auto", FAST)])
+@pytest.mark.parametrize(
+    "method, rates", [("dense", FAST), ("sdpa", SLOW), ("linear", FAST), ("auto", FAST)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pool", ["scores", "weights"])
 def test_past_does_not_move(method, rates, dtype, pool):
-    L, kw = 600, dict(method=method, tol=1e-2, score_bound=300.)
-    found = plan(rates, L, dtype, method, 1e-2, (300.,) * 4, batch=2, width=8)
-    if method in ("linear", "auto"): assert max(2 * g.band.reach for g in found if g.band) < L
-    a, b = qkv(2, 4, L, 8, 0, dtype), qkv(2, 4, L, 8, 1, dtype, 3.)
+    L, kw = 600, dict(method=method, tol=1e-2, score_bound=300.0)
+    found = plan(rates, L, dtype, method, 1e-2, (300.0,) * 4, batch=2, width=8)
+    if method in ("linear", "auto"):
+        assert max(2 * g.band.reach for g in found if g.band) < L
+    a, b = qkv(2, 4, L, 8, 0, dtype), qkv(2, 4, L, 8, 1, dtype, 3.0)
     out = las_attention(*a, rates, 3, pool, **kw)
     for cut in (1, 150, 301, 448, 599):
         mixed = [torch.cat([x[:, :, :cut], y[:, :, cut:]], 2) for x, y in zip(a, b)]
         moved = las_attention(*mixed, rates, 3, pool, **kw)
-        assert torch.equal(out[:, :, :cut], moved[:, :, :cut]) and not torch.equal(out[:, :, cut:], moved[:, :, cut:])
+        assert torch.equal(out[:, :, :cut], moved[:, :, :cut]) and not torch.equal(
+            out[:, :, cut:], moved[:, :, cut:]
+        )
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="flex needs a C++ compiler on the CPU")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="flex needs a C++ compiler on the CPU",
+)
 def test_past_does_not_move_in_flex():
-    a, b = qkv(1, 2, 256, 8, 0, torch.float32), qkv(1, 2, 256, 8, 1, torch.float32, 3.)
+    a, b = qkv(1, 2, 256, 8, 0, torch.float32), qkv(1, 2, 256, 8, 1, torch.float32, 3.0)
     mixed = [torch.cat([x[:, :, :131], y[:, :, 131:]], 2) for x, y in zip(a, b)]
-    with torch.no_grad(): out, moved = (las_attention(*x, (.01, .3), 3, method="flex") for x in (a, mixed))
-    assert torch.equal(out[:, :, :131], moved[:, :, :131]) and not torch.equal(out[:, :, 131:], moved[:, :, 131:])
-    torch.testing.assert_close(out, las_dense(*a, tensor((.01, .3)), 3), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        out, moved = (
+            las_attention(*x, (0.01, 0.3), 3, method="flex") for x in (a, mixed)
+        )
+    assert torch.equal(out[:, :, :131], moved[:, :, :131]) and not torch.equal(
+        out[:, :, 131:], moved[:, :, 131:]
+    )
+    torch.testing.assert_close(
+        out, las_dense(*a, tensor((0.01, 0.3)), 3), rtol=0, atol=1e-5
+    )
     with pytest.raises(ValueError, match="no backward on the CPU"):
-        las_attention(*(t.requires_grad_() for t in a), (.01, .3), method="flex")
-    with pytest.raises(ValueError, match="float64"): las_attention(*qkv(1, 2, 9, 4), (.01, .3), method="flex")
+        las_attention(*(t.requires_grad_() for t in a), (0.01, 0.3), method="flex")
+    with pytest.raises(ValueError, match="float64"):
+        las_attention(*qkv(1, 2, 9, 4), (0.01, 0.3), method="flex")
 
 
 @both
 @pytest.mark.parametrize("method", ["dense", "sdpa", "linear", "auto"])
 def test_batch_mates_do_not_matter(method, causal):
-    rates, kw = SLOW if method == "sdpa" else FAST, dict(causal=causal, method=method, tol=1e-3, score_bound=4000.)
-    row, other, huge = qkv(1, 4, 500, 8, 0), qkv(1, 4, 500, 8, 1), qkv(1, 4, 500, 8, 2, scale=18.)
-    beside, beside_huge = (las_attention(*(torch.cat(t) for t in zip(row, mate)), rates, **kw)[:1] for mate in (other, huge))
+    rates = SLOW if method == "sdpa" else FAST
+    kw = dict(causal=causal, method=method, tol=1e-3, score_bound=4000.0)
+    row = qkv(1, 4, 500, 8, 0)
+    other = qkv(1, 4, 500, 8, 1)
+    huge = qkv(1, 4, 500, 8, 2, scale=18.0)
+    beside, beside_huge = (
+        las_attention(*(torch.cat(t) for t in zip(row, mate)), rates, **kw)[:1]
+        for mate in (other, huge)
+    )
     assert torch.equal(beside, beside_huge)
     alone = las_attention(*row, rates, **kw)
-    if method == "auto": assert excess(alone, beside, row[2], 2e-3) <= 0  # its plan may know the number of sequences
-    else: torch.testing.assert_close(alone, beside, rtol=0, atol=1e-12)
+    # its plan may know the number of sequences
+    if method == "auto":
+        assert excess(alone, beside, row[2], 2e-3) <= 0
+    else:
+        torch.testing.assert_close(alone, beside, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["linear", "auto"])
 def test_a_measured_bound_moves_within_tol(method):
     for tol in (1e-1, 1e-3):
         for cut in (200, 450):
-            a, b = qkv(1, 4, 600, 8), qkv(1, 4, 600, 8, 1, scale=20.)
+            a, b = qkv(1, 4, 600, 8), qkv(1, 4, 600, 8, 1, scale=20.0)
             mixed = [torch.cat([x[:, :, :cut], y[:, :, cut:]], 2) for x, y in zip(a, b)]
-            out, moved = (las_attention(*x, FAST, method=method, tol=tol)[:, :, :cut] for x in (a, mixed))
+            out, moved = (
+                las_attention(*x, FAST, method=method, tol=tol)[:, :, :cut]
+                for x in (a, mixed)
+            )
             assert excess(moved, out, a[2][:, :, :cut], 2 * tol) <= 1e-9
-            beside = las_attention(*(torch.cat(t) for t in zip(a, b)), FAST, method=method, tol=tol)[:1]
-            assert excess(beside, las_attention(*a, FAST, method=method, tol=tol), a[2], 2 * tol) <= 1e-9
+            beside = las_attention(
+                *(torch.cat(t) for t in zip(a, b)), FAST, method=method, tol=tol
+            )[:1]
+            assert (
+                excess(
+                    beside,
+                    las_attention(*a, FAST, method=method, tol=tol),
+                    a[2],
+                    2 * tol,
+                )
+                <= 1e-9
+            )
 
 
 @both
@@ -262,59 +436,133 @@ def test_an_exceeded_bound_raises(causal):
     q[:, 1] *= 20
     S = (1.01 * score_bounds(q, k)).tolist()
     kw = dict(method="linear", tol=1e-3, causal=causal)
-    want = las_dense(q, k, v, tensor((.3, .4, .5)), causal=causal)
-    for bound in (tuple(S), S, max(S)): assert excess(las_attention(q, k, v, (.3, .4, .5), score_bound=bound, **kw), want, v, 1e-3) <= 1e-9
-    for bound, head, shown in (((S[0], S[0], S[2]), 1, f"{S[0]:.3g}"), ((S[0], S[1], 2.25), 2, "2.25"), (2.5, 0, "2.5"), (3, 0, "3")):
+    want = las_dense(q, k, v, tensor((0.3, 0.4, 0.5)), causal=causal)
+    for bound in (tuple(S), S, max(S)):
+        assert (
+            excess(
+                las_attention(q, k, v, (0.3, 0.4, 0.5), score_bound=bound, **kw),
+                want,
+                v,
+                1e-3,
+            )
+            <= 1e-9
+        )
+    for bound, head, shown in (
+        ((S[0], S[0], S[2]), 1, f"{S[0]:.3g}"),
+        ((S[0], S[1], 2.25), 2, "2.25"),
+        (2.5, 0, "2.5"),
+        (3, 0, "3"),
+    ):
         for chunk in (None, 300):
-            with pytest.raises(ValueError, match=f"head {head} may reach .*score_bound={shown}: raise it"):
-                las_attention(q, k, v, (.3, .4, .5), score_bound=bound, chunk=chunk, **kw)
+            with pytest.raises(
+                ValueError,
+                match=f"head {head} may reach .*score_bound={shown}: raise it",
+            ):
+                las_attention(
+                    q, k, v, (0.3, 0.4, 0.5), score_bound=bound, chunk=chunk, **kw
+                )
 
 
-@pytest.mark.parametrize("kw, says", [
-    *((dict(score_bound=s), "score_bound must be.*2 of them") for s in (0., -1., math.nan, math.inf, (1., 2., 3.), (1., -2.), (1.,), ())),
-    *((dict(tol=t), "tol must lie between 0 and 1") for t in (-.1, 1., 3, math.nan)),
-    *((dict(chunk=c), "chunk must be a whole number >= 1") for c in (0, -3, 2.5, "7")),
-    *((dict(rates=r), "2 finite numbers >= 0") for r in ((.1,), (.1, .2, .3), (.1, -1.), (.1, math.nan), (.1, math.inf))),
-    (dict(rates=torch.zeros(3)), r"shape \(2,\)"), (dict(method="linaer"), "did you mean linear"), (dict(method="flash"), "'dense', 'sdpa'"),
-    (dict(pool="score"), "did you mean scores"), (dict(window=0), "window must be"), (dict(lengths=torch.tensor([0])), "between 1 and 300")])
+@pytest.mark.parametrize(
+    "kw, says",
+    [
+        *(
+            (dict(score_bound=s), "score_bound must be.*2 of them")
+            for s in (
+                0.0,
+                -1.0,
+                math.nan,
+                math.inf,
+                (1.0, 2.0, 3.0),
+                (1.0, -2.0),
+                (1.0,),
+                (),
+            )
+        ),
+        *(
+            (dict(tol=t), "tol must lie between 0 and 1")
+            for t in (-0.1, 1.0, 3, math.nan)
+        ),
+        *(
+            (dict(chunk=c), "chunk must be a whole number >= 1")
+            for c in (0, -3, 2.5, "7")
+        ),
+        *(
+            (dict(rates=r), "2 finite numbers >= 0")
+            for r in (
+                (0.1,),
+                (0.1, 0.2, 0.3),
+                (0.1, -1.0),
+                (0.1, math.nan),
+                (0.1, math.inf),
+            )
+        ),
+        (dict(rates=torch.zeros(3)), r"shape \(2,\)"),
+        (dict(method="linaer"), "did you mean linear"),
+        (dict(method="flash"), "'dense', 'sdpa'"),
+        (dict(pool="score"), "did you mean scores"),
+        (dict(window=0), "window must be"),
+        (dict(lengths=torch.tensor([0])), "between 1 and 300"),
+    ],
+)
 @pytest.mark.parametrize("method", ["linear", "auto"])
 def test_bad_arguments_are_explained(method, kw, says):
     q, k, v = qkv(1, 2, 300, 4)
-    with pytest.raises(ValueError, match=says): las_attention(q, k, v, **(dict(rates=(.3, .5), method=method) | kw))
+    with pytest.raises(ValueError, match=says):
+        las_attention(q, k, v, **(dict(rates=(0.3, 0.5), method=method) | kw))
 
 
 @pytest.mark.parametrize("dtype", LIMIT)
 @both
 def test_sdpa_knows_its_limit(dtype, causal):
-    a = qkv(1, 2, 100, 4, dtype=dtype, scale=.3)
-    for share in (.95, 1.05):
-        rates = (0., share * LIMIT[dtype] / 100)
-        def run(**kw): return las_attention(*a, rates, causal=causal, **kw)
+    a = qkv(1, 2, 100, 4, dtype=dtype, scale=0.3)
+    for share in (0.95, 1.05):
+        rates = (0.0, share * LIMIT[dtype] / 100)
+
+        def run(**kw):
+            return las_attention(*a, rates, causal=causal, **kw)
+
         if share < 1:
             want = las_dense(*(t.double() for t in a), tensor(rates), causal=causal)
             assert excess(run(method="sdpa"), want, a[2], EPS[dtype]) <= 0
         else:
-            with pytest.raises(ValueError, match="'sdpa' needs rate .* L <= .* head 1 .*'linear'"): run(method="sdpa")
-            assert run().isfinite().all() and run(method="sdpa", chunk=50).isfinite().all()
+            with pytest.raises(
+                ValueError, match="'sdpa' needs rate .* L <= .* head 1 .*'linear'"
+            ):
+                run(method="sdpa")
+            assert (
+                run().isfinite().all() and run(method="sdpa", chunk=50).isfinite().all()
+            )
     top = torch.finfo(torch.promote_types(dtype, torch.float32)).max
-    assert safe_limit(dtype, 1e37) < safe_limit(dtype) <= LIMIT[dtype] and math.exp(safe_limit(dtype, 1e37)) * 1e37 <= top
+    assert (
+        safe_limit(dtype, 1e37) < safe_limit(dtype) <= LIMIT[dtype]
+        and math.exp(safe_limit(dtype, 1e37)) * 1e37 <= top
+    )
 
 
 def test_rates_that_learn():
-    a, rates = qkv(1, 3, 200, 4), tensor((0., .1, .5)).requires_grad_()
+    a, rates = qkv(1, 3, 200, 4), tensor((0.0, 0.1, 0.5)).requires_grad_()
     weight = qkv(1, 3, 200, 4, 1)[0]
-    got, want = (torch.autograd.grad((f(*a, rates) * weight).sum(), rates)[0] for f in (las_attention, las_dense))
+    got, want = (
+        torch.autograd.grad((f(*a, rates) * weight).sum(), rates)[0]
+        for f in (las_attention, las_dense)
+    )
     assert torch.equal(got, want) and got.abs().min() > 0
-    got = torch.autograd.grad((las_attention(*a, rates, chunk=64) * weight).sum(), rates)[0]
-    want = torch.autograd.grad((blockwise(*a, rates, 3, "scores", True, None, 64) * weight).sum(), rates)[0]
+    got = torch.autograd.grad(
+        (las_attention(*a, rates, chunk=64) * weight).sum(), rates
+    )[0]
+    want = torch.autograd.grad(
+        (blockwise(*a, rates, 3, "scores", True, None, 64) * weight).sum(), rates
+    )[0]
     torch.testing.assert_close(got, want)
     for method in ("linear", "sdpa", "flex"):
-        with pytest.raises(ValueError, match="gradients of rates need method 'dense'"): las_attention(*a, rates, method=method)
+        with pytest.raises(ValueError, match="gradients of rates need method 'dense'"):
+            las_attention(*a, rates, method=method)
 
 
-tols, orders = st.floats(-12, -.05).map(lambda x: 10 ** x), st.sampled_from([0, 1])
-sizes = st.floats(-3, 7).map(lambda x: 10 ** x)  # S
-speeds = st.just(0.) | st.floats(-4, 1.8).map(lambda x: 10 ** x)
+tols, orders = st.floats(-12, -0.05).map(lambda x: 10**x), st.sampled_from([0, 1])
+sizes = st.floats(-3, 7).map(lambda x: 10**x)  # S
+speeds = st.just(0.0) | st.floats(-4, 1.8).map(lambda x: 10**x)
 
 
 @settings(max_examples=200, deadline=None)
@@ -322,8 +570,15 @@ speeds = st.just(0.) | st.floats(-4, 1.8).map(lambda x: 10 ** x)
 def test_far_error_and_far_delta(tol, order):
     delta = far_delta(tol, order)
     assert far_error(delta, order) <= tol * (1 + 1e-6)
-    if tol < .4: assert far_error(delta, order) == pytest.approx(tol, rel=1e-6) and far_error(1.01 * delta, order) > tol
-    assert far_error(3., order) == math.inf == far_error(.8, order) and far_error(0., order) == 0
+    if tol < 0.4:
+        assert (
+            far_error(delta, order) == pytest.approx(tol, rel=1e-6)
+            and far_error(1.01 * delta, order) > tol
+        )
+    assert (
+        far_error(3.0, order) == math.inf == far_error(0.8, order)
+        and far_error(0.0, order) == 0
+    )
 
 
 def keeps(band, rate, S, tol, dtype):
@@ -331,135 +586,276 @@ def keeps(band, rate, S, tol, dtype):
     b, reach, zone = band
     slack = 1 + 1e-9
     limit = safe_limit(torch.float32 if dtype == torch.float16 else dtype, S)
-    return (reach % b == 0 and S * math.exp(-rate * (reach + 1)) <= far_delta(tol, 1 if zone else 0) * slack
-            and S * math.exp(-rate * (reach + zone * b + 1)) <= far_delta(tol, 0) * slack and rate * (b + reach - 1) <= limit * slack)
+    return (
+        reach % b == 0
+        and S * math.exp(-rate * (reach + 1))
+        <= far_delta(tol, 1 if zone else 0) * slack
+        and S * math.exp(-rate * (reach + zone * b + 1)) <= far_delta(tol, 0) * slack
+        and rate * (b + reach - 1) <= limit * slack
+    )
 
 
 @settings(max_examples=300, deadline=None)
-@given(speeds, st.integers(1, 100_000), sizes, tols, orders, st.sampled_from(list(LIMIT)), st.sampled_from([1, 16, 64]))
+@given(
+    speeds,
+    st.integers(1, 100_000),
+    sizes,
+    tols,
+    orders,
+    st.sampled_from(list(LIMIT)),
+    st.sampled_from([1, 16, 64]),
+)
 def test_bands_keep_the_promise(rate, L, S, tol, order, dtype, unit):
     band = fit_band(rate, L, S, tol, order, dtype, unit)
-    if band: assert band.block >= 1 and band.reach + band.block < L and (order or not band.zone) and keeps(band, rate, S, tol, dtype)
-    assert fit_band(0., L, S, tol, order) is None and fit_band(rate, L, S, 0., order) is None
+    if band:
+        assert (
+            band.block >= 1
+            and band.reach + band.block < L
+            and (order or not band.zone)
+            and keeps(band, rate, S, tol, dtype)
+        )
+    assert (
+        fit_band(0.0, L, S, tol, order) is None
+        and fit_band(rate, L, S, 0.0, order) is None
+    )
 
 
 def test_bands_are_no_wider_than_needed():
-    for rate in (.03, .1, .5):
+    for rate in (0.03, 0.1, 0.5):
         for order in (0, 1):
-            band, need = fit_band(rate, 100_000, 40., 1e-4, order), math.log(40 / far_delta(1e-4, order)) / rate
-            assert need - 1 <= band.reach < need + band.block and band.block <= max(16, need / 4 + 16)
+            band = fit_band(rate, 100_000, 40.0, 1e-4, order)
+            need = math.log(40 / far_delta(1e-4, order)) / rate
+            assert need - 1 <= band.reach < need + band.block and band.block <= max(
+                16, need / 4 + 16
+            )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), st.lists(speeds | st.floats(.05, .5), min_size=1, max_size=6), st.integers(1, 20_000), st.sampled_from(METHODS),
-       st.sampled_from(list(LIMIT)), st.none() | tols, st.sampled_from(["cpu", "cuda"]), st.sampled_from([1, 8]), st.booleans())
+@given(
+    st.data(),
+    st.lists(speeds | st.floats(0.05, 0.5), min_size=1, max_size=6),
+    st.integers(1, 20_000),
+    st.sampled_from(METHODS),
+    st.sampled_from(list(LIMIT)),
+    st.none() | tols,
+    st.sampled_from(["cpu", "cuda"]),
+    st.sampled_from([1, 8]),
+    st.booleans(),
+)
 def test_plans(data, rates, L, method, dtype, tol, device, batch, bounded):
-    bounds = tuple(data.draw(sizes | st.sampled_from([1., 1e3])) for _ in rates) if bounded else None
-    limits = [safe_limit(dtype, s) for s in bounds or [1.] * len(rates)]
-    if method == "sdpa": assume(all(r * L <= limit for r, limit in zip(rates, limits)))
+    bounds = (
+        tuple(data.draw(sizes | st.sampled_from([1.0, 1e3])) for _ in rates)
+        if bounded
+        else None
+    )
+    limits = [safe_limit(dtype, s) for s in bounds or [1.0] * len(rates)]
+    if method == "sdpa":
+        assume(all(r * L <= limit for r, limit in zip(rates, limits)))
     groups = plan(tuple(rates), L, dtype, method, tol, bounds, device, batch)
     assert sorted(h for g in groups for h in g.heads) == list(range(len(rates)))
     for g in groups:
-        assert (g.method == "linear") == (g.band is not None) and (method != "sdpa" or g.method == "sdpa")
+        assert (g.method == "linear") == (g.band is not None) and (
+            method != "sdpa" or g.method == "sdpa"
+        )
         for h in g.heads:
-            if g.method == "sdpa": assert rates[h] * L <= limits[h]
-            if g.band: assert keeps(g.band, rates[h], bounds[h] if bounds else 1., TOL[dtype] if tol is None else tol, dtype)
+            if g.method == "sdpa":
+                assert rates[h] * L <= limits[h]
+            if g.band:
+                assert keeps(
+                    g.band,
+                    rates[h],
+                    bounds[h] if bounds else 1.0,
+                    TOL[dtype] if tol is None else tol,
+                    dtype,
+                )
 
 
 def test_a_band_serves_only_heads_it_keeps_the_promise_for():
     for order in (0, 1):
         answers = []
-        for rate in (.003, .02, .1):
+        for rate in (0.003, 0.02, 0.1):
             for tol in (1e-1, 1e-3, 1e-6):
-                band = fit_band(rate, 10 ** 6, 5., tol, order, torch.float64)
-                assert serves(band, rate, 5., tol, torch.float64)
-                for faster in (1., 1.05, 1.3, 30., 500.):
-                    for S in (.1, 5., *(5 * math.exp(x / 40) for x in range(1, 60)), 1e6):
-                        answers.append((serves(band, rate * faster, S, tol, torch.float64), keeps(band, rate * faster, S, tol, torch.float64)))
-        assert all(kept or not yes for yes, kept in answers) and .3 < sum(yes for yes, _ in answers) / len(answers) < .95
+                band = fit_band(rate, 10**6, 5.0, tol, order, torch.float64)
+                assert serves(band, rate, 5.0, tol, torch.float64)
+                for faster in (1.0, 1.05, 1.3, 30.0, 500.0):
+                    for S in (
+                        0.1,
+                        5.0,
+                        *(5 * math.exp(x / 40) for x in range(1, 60)),
+                        1e6,
+                    ):
+                        answers.append(
+                            (
+                                serves(band, rate * faster, S, tol, torch.float64),
+                                keeps(band, rate * faster, S, tol, torch.float64),
+                            )
+                        )
+        assert (
+            all(kept or not yes for yes, kept in answers)
+            and 0.3 < sum(yes for yes, _ in answers) / len(answers) < 0.95
+        )
 
 
 @pytest.mark.parametrize("method", ["auto", "linear"])
 @pytest.mark.parametrize("tol", [1e-1, 1e-3])
 def test_joined_heads_keep_the_promise(method, tol):
-    rates = (.1, .11, .12, .4, 3.)
-    for bounds in ((1., 1e3, 1., 30., 1e6), (1e3, 1., 1., 1., 1.), (1., 2., 4., 8., 16.)):
+    rates = (0.1, 0.11, 0.12, 0.4, 3.0)
+    for bounds in (
+        (1.0, 1e3, 1.0, 30.0, 1e6),
+        (1e3, 1.0, 1.0, 1.0, 1.0),
+        (1.0, 2.0, 4.0, 8.0, 16.0),
+    ):
         for L in (1000, 20_000):
             for g in plan(rates, L, torch.float64, method, tol, bounds):
-                if g.band: assert all(keeps(g.band, rates[h], bounds[h], tol, torch.float64) for h in g.heads)
-    assert len(plan((.1, .11), 20_000, torch.float64, "linear", tol, (5., 5.))) == 1  # they do join where they can
+                if g.band:
+                    assert all(
+                        keeps(g.band, rates[h], bounds[h], tol, torch.float64)
+                        for h in g.heads
+                    )
+    # they do join where they can
+    assert len(plan((0.1, 0.11), 20_000, torch.float64, "linear", tol, (5.0, 5.0))) == 1
 
 
-@pytest.mark.parametrize("band", [Band(5, 10), Band(5, 0), Band(4, 8, 1), Band(4, 4, 3), Band(1, 3, 6), Band(4, 4, 99)])
+@pytest.mark.parametrize(
+    "band",
+    [
+        Band(5, 10),
+        Band(5, 0),
+        Band(4, 8, 1),
+        Band(4, 4, 3),
+        Band(1, 3, 6),
+        Band(4, 4, 99),
+    ],
+)
 def test_the_far_field_is_what_it_says(band):
     L, (b, reach, zone) = 61, band
-    q, k, v = qkv(2, 2, L, 3, scale=.6)
-    rates, i = tensor((.02, .1)), torch.arange(L)
-    e = (q @ k.transpose(-2, -1)) * 3 ** -.5 * torch.exp(-rates[:, None, None] * (i[:, None] - i))
-    start = ((i - b - reach).clamp(min=0) // b + (i >= b + reach)) * b  # the first key in the window of query i
+    q, k, v = qkv(2, 2, L, 3, scale=0.6)
+    rates, i = tensor((0.02, 0.1)), torch.arange(L)
+    e = (
+        (q @ k.transpose(-2, -1))
+        * 3**-0.5
+        * torch.exp(-rates[:, None, None] * (i[:, None] - i))
+    )
+    # the first key in the window of query i
+    start = ((i - b - reach).clamp(min=0) // b + (i >= b + reach)) * b
     near, first = i >= start[:, None], i >= start[:, None] - zone * b
-    w = torch.where(near, e.exp(), torch.where(first, 1 + e, 1.)).masked_fill(i[:, None] < i, 0)
+    w = torch.where(near, e.exp(), torch.where(first, 1 + e, 1.0)).masked_fill(
+        i[:, None] < i, 0
+    )
     o, lse = one_sided(q, k, v, rates, band)
     torch.testing.assert_close(o, w @ v / w.sum(-1, keepdim=True), rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, w.sum(-1).log(), rtol=0, atol=1e-12)
 
 
 def test_measured_error_beside_the_bound():
-    alpha, b, L, D, S = .1, 10, 600, 16, 1.
+    alpha, b, L, D, S = 0.1, 10, 600, 16, 1.0
     q, k, v = qkv(1, 1, L, D)
-    q, k = (t / norms(t)[..., None] * math.sqrt(S * math.sqrt(D)) for t in (q, k))  # every |score| <= S
+    # every |score| <= S
+    q, k = (t / norms(t)[..., None] * math.sqrt(S * math.sqrt(D)) for t in (q, k))
     rates, errors = tensor((alpha,)), {}
     want = las_dense(q, k, v, rates, 1)
     for near in range(1, 13):  # alpha R
         for order in (0, 1):
             band = Band(b, near * 10, 0 if order == 0 else L)
-            errors[near, order] = (norms(one_sided(q, k, v, rates, band)[0] - want).max() / norms(v).max()).item()
+            errors[near, order] = (
+                norms(one_sided(q, k, v, rates, band)[0] - want).max() / norms(v).max()
+            ).item()
             bound = far_error(S * math.exp(-alpha * (band.reach + 1)), order)
             assert errors[near, order] <= bound + 1e-14 and bound < 4
-    for order in (0, 1): assert errors[1, order] > 1e3 * errors[12, order] > 0
+    for order in (0, 1):
+        assert errors[1, order] > 1e3 * errors[12, order] > 0
     assert 20 * errors[6, 1] <= errors[6, 0]
 
 
 @both
-@pytest.mark.parametrize("method, rates", [("dense", (0., .2)), ("sdpa", (0., 0.)), ("sdpa", (0., .1)), ("linear", (.3, .2)), ("auto", (0., .3))])
+@pytest.mark.parametrize(
+    "method, rates",
+    [
+        ("dense", (0.0, 0.2)),
+        ("sdpa", (0.0, 0.0)),
+        ("sdpa", (0.0, 0.1)),
+        ("linear", (0.3, 0.2)),
+        ("auto", (0.0, 0.3)),
+    ],
+)
 def test_autocast_changes_nothing(method, rates, causal):
     a = [t.requires_grad_() for t in qkv(1, 2, 400, 16, dtype=torch.float32)]
-    for kw in (dict(), dict(lengths=torch.tensor([333])), dict(pool="weights", tol=1e-5)):
-        def run(): return las_attention(*a, rates, causal=causal, method=method, **kw)
+    for kw in (
+        dict(),
+        dict(lengths=torch.tensor([333])),
+        dict(pool="weights", tol=1e-5),
+    ):
+
+        def run():
+            return las_attention(*a, rates, causal=causal, method=method, **kw)
+
         out = run()
-        with torch.autocast("cpu", torch.bfloat16): cast = run()
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = run()
         assert cast.dtype == torch.float32
-        for x, y in zip((out, *torch.autograd.grad(out.square().sum(), a)), (cast, *torch.autograd.grad(cast.square().sum(), a))):
+        for x, y in zip(
+            (out, *torch.autograd.grad(out.square().sum(), a)),
+            (cast, *torch.autograd.grad(cast.square().sum(), a)),
+        ):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method, L, rates", [("linear", 300, (.2, 1.5)), ("auto", 700, (.001, .5)), ("sdpa", 300, (.001, .05))])
+@pytest.mark.parametrize(
+    "method, L, rates",
+    [
+        ("linear", 300, (0.2, 1.5)),
+        ("auto", 700, (0.001, 0.5)),
+        ("sdpa", 300, (0.001, 0.05)),
+    ],
+)
 @pytest.mark.parametrize("pool", ["scores", "weights"])
 @both
 def test_strides(method, L, rates, pool, causal):
-    "Inputs and gradients whose last axis is not dense in memory: torch's CPU kernel would read past them, unchecked."
+    """Inputs and gradients whose last axis is not dense in memory: torch's CPU kernel
+    would read past them, unchecked."""
     dense, up = qkv(2, 2, L, 8, dtype=torch.float32), torch.randn(2, 2, L, 8)
-    want = las_dense(*(t.requires_grad_() for t in dense), torch.tensor(rates), 3, pool, causal)
+    want = las_dense(
+        *(t.requires_grad_() for t in dense), torch.tensor(rates), 3, pool, causal
+    )
     want = (want, *torch.autograd.grad(want, dense, up))
     for odd in range(4):
-        a = [t.detach().mT.contiguous().mT.requires_grad_() if n == odd else t for n, t in enumerate(dense)]
+        a = [
+            t.detach().mT.contiguous().mT.requires_grad_() if n == odd else t
+            for n, t in enumerate(dense)
+        ]
         assert odd == 3 or a[odd].stride(-1) != 1
         o = las_attention(*a, rates, 3, pool, causal, method=method, tol=1e-5)
         got = (o, *torch.autograd.grad(o, a, up.mT.contiguous().mT if odd == 3 else up))
-        for x, y in zip(got, want): torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+        for x, y in zip(got, want):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="traced in one piece from torch 2.9")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"),
+    reason="traced in one piece from torch 2.9",
+)
 def test_compiles():
-    def f(q, k, v): return las_attention(q, k, v, (.2, .5), 3, tol=1e-2, score_bound=40., method="linear")
-    assert all(g.band for g in plan((.2, .5), 200, torch.float32, "linear", 1e-2, (40., 40.)))
+    def f(q, k, v):
+        return las_attention(
+            q, k, v, (0.2, 0.5), 3, tol=1e-2, score_bound=40.0, method="linear"
+        )
+
+    assert all(
+        g.band
+        for g in plan((0.2, 0.5), 200, torch.float32, "linear", 1e-2, (40.0, 40.0))
+    )
     g = torch.compile(f, fullgraph=True, backend="aot_eager")
     a = [t.requires_grad_() for t in qkv(1, 2, 200, 8, dtype=torch.float32)]
     x, y = f(*a), g(*a)
     torch.testing.assert_close(x, y)
-    for s, t in zip(torch.autograd.grad(x.square().sum(), a), torch.autograd.grad(y.square().sum(), a)): torch.testing.assert_close(s, t)
+    for s, t in zip(
+        torch.autograd.grad(x.square().sum(), a),
+        torch.autograd.grad(y.square().sum(), a),
+    ):
+        torch.testing.assert_close(s, t)
     assert g(*(10 * t for t in a)).isnan().all()
-    with pytest.raises(ValueError, match="score_bound=40"): f(*(10 * t for t in a))
+    with pytest.raises(ValueError, match="score_bound=40"):
+        f(*(10 * t for t in a))
 
 
 PEAK = """
@@ -478,74 +874,142 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="reads the peak from /proc"
+)
 def test_memory_is_linear():
-    env = dict(os.environ, OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back at once: only what is alive counts
-    def grown(L): return float(subprocess.run([sys.executable, "-c", PEAK, str(L)], env=env, capture_output=True, text=True, check=True).stdout)
+    # what is freed goes back at once: only what is alive counts
+    env = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        MALLOC_ARENA_MAX="1",
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
+
+    def grown(L):
+        return float(
+            subprocess.run(
+                [sys.executable, "-c", PEAK, str(L)],
+                env=env,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+
     short, long = grown(16384), grown(65536)
-    assert 6 < short < 250  # MiB; queries, keys and values alone are 6, one L x L matrix is 1024
+    # MiB; queries, keys and values alone are 6, one L x L matrix is 1024
+    assert 6 < short < 250
     assert long < 1.5 * 4 * short  # a matrix would grow sixteenfold
 
 
 @both
 def test_plain_products_do_the_same(monkeypatch, causal):
     a = [t.requires_grad_() for t in qkv(2, 3, 230, 5)]
-    rates, seen = (.5, .05, 1.2), []
+    rates, seen = (0.5, 0.05, 1.2), []
+
     def run():
         out = las_attention(*a, rates, 3, causal=causal, method="linear", tol=1e-3)
         return out, *torch.autograd.grad(out.square().sum(), a)
+
     want = run()
     monkeypatch.setattr(fast, "kernel_for", lambda x: seen.append(x))
-    for x, y in zip(run(), want): torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
+    for x, y in zip(run(), want):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
     assert seen
 
 
 @pytest.mark.parametrize("b, K", [(6, 6), (6, 18), (1, 7)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_flash_is_attention(b, K, dtype, monkeypatch):
-    q, k, v = (t[:, :, :n].requires_grad_() for t, n in zip(qkv(2, 3, K, 4, dtype=dtype), (b, K, K)))
-    s = (.3 * q @ k.transpose(-2, -1)).masked_fill(torch.ones(b, K).triu(K - b + 1).bool(), -math.inf)
+    q, k, v = (
+        t[:, :, :n].requires_grad_()
+        for t, n in zip(qkv(2, 3, K, 4, dtype=dtype), (b, K, K))
+    )
+    s = (0.3 * q @ k.transpose(-2, -1)).masked_fill(
+        torch.ones(b, K).triu(K - b + 1).bool(), -math.inf
+    )
     o, g = s.softmax(-1) @ v, qkv(2, 3, b, 4, 1, dtype)[0]
     grads = torch.autograd.grad(o, (q, k, v), g)
     for plain in (False, True):
-        if plain: monkeypatch.setattr(fast, "kernel_for", lambda x: None)
+        if plain:
+            monkeypatch.setattr(fast, "kernel_for", lambda x: None)
         with torch.no_grad():
-            found, lse, rest = flash(q, k, v, .3)
-            back = flash_backward(g, q, k, v, found, lse, rest, .3)
+            found, lse, rest = flash(q, k, v, 0.3)
+            back = flash_backward(g, q, k, v, found, lse, rest, 0.3)
         for x, y in zip((found, lse, *back), (o, s.logsumexp(-1), *grads)):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-5)
+            torch.testing.assert_close(
+                x, y, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-5
+            )
 
 
 class Record(TorchDispatchMode):
     "Keep the arguments of every call, by the names of the operator's signature."
-    def __init__(self): super().__init__(); self.calls = {}
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         names = [a.name for a in func._schema.arguments]
-        self.calls[func._schema.name.removeprefix("aten::")] = dict(zip(names, args)) | (kwargs or {})
+        self.calls[func._schema.name.removeprefix("aten::")] = dict(
+            zip(names, args)
+        ) | (kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind, dtype", [("flash", torch.bfloat16), ("efficient", torch.float32), ("efficient", torch.float16)])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("flash", torch.bfloat16),
+        ("efficient", torch.float32),
+        ("efficient", torch.float16),
+    ],
+)
 @pytest.mark.parametrize("b, K", [(16, 16), (16, 48), (40, 120)])
-@pytest.mark.parametrize("scale", [32 ** -.5, 24 ** -.5])  # the second one: 24 wide, with 8 more for the gradient of the denominators
+# the second one: 24 wide, with 8 more for the gradient of the denominators
+@pytest.mark.parametrize("scale", [32**-0.5, 24**-0.5])
 def test_signatures_of_the_gpu_kernels(monkeypatch, kind, dtype, b, K, scale):
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     monkeypatch.setattr(fast, "kernel_for", lambda x: kind)
     with FakeTensorMode():
-        try: q, k, v = (torch.empty(2, 3, n, 32, dtype=dtype, device="cuda")[..., :] for n in (b, K, K))  # old torch needs a driver for views
-        except (RuntimeError, AssertionError) as e: pytest.skip(f"no fake CUDA tensors here: {e}")
+        # old torch needs a driver for views
+        try:
+            q, k, v = (
+                torch.empty(2, 3, n, 32, dtype=dtype, device="cuda")[..., :]
+                for n in (b, K, K)
+            )
+        except (RuntimeError, AssertionError) as e:
+            pytest.skip(f"no fake CUDA tensors here: {e}")
         with Record() as record:
             o, lse, rest = flash(q, k, v, scale)
             grads = flash_backward(torch.empty_like(o), q, k, v, o, lse, rest, scale)
-    assert o.shape == q.shape and o.dtype == dtype and lse.shape == (2, 3, b) and lse.dtype == torch.float32
-    assert [t.shape for t in grads] == [t.shape for t in (q, k, v)] and all(t.dtype == dtype and t.device.type == "cuda" for t in grads)
+    assert (
+        o.shape == q.shape
+        and o.dtype == dtype
+        and lse.shape == (2, 3, b)
+        and lse.dtype == torch.float32
+    )
+    assert [t.shape for t in grads] == [t.shape for t in (q, k, v)] and all(
+        t.dtype == dtype and t.device.type == "cuda" for t in grads
+    )
     name = f"_scaled_dot_product_{kind}_attention_backward"
     call = record.calls[name]
     assert call["philox_seed"] is rest[-2] and call["philox_offset"] is rest[-1]
     if kind == "flash":
-        assert call["is_causal"] is True and call["logsumexp"].shape == (2, 3, b) and call["out"].shape == q.shape
+        assert (
+            call["is_causal"] is True
+            and call["logsumexp"].shape == (2, 3, b)
+            and call["out"].shape == q.shape
+        )
         assert (call["max_q"], call["max_k"]) == (b, K)
     else:
-        assert call.get("is_causal", False) == (b == K) == (call.get("attn_bias") is None) and call["out"].shape == q.shape
+        assert (
+            call.get("is_causal", False) == (b == K) == (call.get("attn_bias") is None)
+            and call["out"].shape == q.shape
+        )
         assert not call["grad_input_mask"][3]
-        assert call["logsumexp"].shape == (2, 3, b + -b % 32) and (b == K or call["attn_bias"].stride(-2) % 8 == 0)
+        assert call["logsumexp"].shape == (2, 3, b + -b % 32) and (
+            b == K or call["attn_bias"].stride(-2) % 8 == 0
+        )

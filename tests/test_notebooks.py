@@ -1,4 +1,6 @@
-"The notebooks as files: exported, clean, with outputs stored. (`make test` runs their cells with nbdev_test.)"
+"""The notebooks as files: exported, clean, with outputs stored. (`make test` runs their
+cells with nbdev_test.)"""
+
 import ast, filecmp, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -12,23 +14,43 @@ BIN = Path(sys.executable).parent
 def fresh(tmp_path_factory):
     "A copy of the project, exported and cleaned anew."
     work = tmp_path_factory.mktemp("fresh")
-    for name in ("settings.ini", "_quarto.yml", "README.md"): shutil.copy(ROOT / name, work)
-    shutil.copytree(NBS, work / "nbs", symlinks=True); (work / "las_nb").mkdir()
-    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([BIN / command], cwd=work, check=True, capture_output=True)
+    for name in ("settings.ini", "_quarto.yml", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, work)
+    shutil.copytree(NBS, work / "nbs", symlinks=True)
+    (work / "las_nb").mkdir()
+    for command in (
+        "ruff format nbs",
+        "nbdev_export",
+        "ruff format las_nb",
+        "nbdev_clean",
+    ):
+        tool, *args = command.split()
+        subprocess.run([BIN / tool, *args], cwd=work, check=True, capture_output=True)
     return work
 
 
 def test_library_is_what_the_notebooks_export(fresh):
-    names = {p.name for p in (fresh / "las_nb").glob("*.py")}
-    assert names == {p.name for p in (ROOT / "las_nb").glob("*.py")}
-    different = filecmp.cmpfiles(fresh / "las_nb", ROOT / "las_nb", names, shallow=False)[1]
-    assert not different, f"las_nb/ differs from the notebooks in {different}: run `make sync`"
+    def modules(root):
+        return {str(p.relative_to(root)) for p in root.rglob("*.py")}
+
+    names = modules(fresh / "las_nb")
+    assert names == modules(ROOT / "las_nb")
+    different = filecmp.cmpfiles(
+        fresh / "las_nb", ROOT / "las_nb", names, shallow=False
+    )[1]
+    assert not different, (
+        f"las_nb/ differs from the notebooks in {different}: run `make sync`"
+    )
 
 
 def test_notebooks_are_clean(fresh):
     for path in notebooks():
-        assert path.read_text(encoding="utf-8") == pages.joined(path.read_text(encoding="utf-8")), f"{path.name} prints in pieces: run `make sync`"
-        assert path.read_bytes() == (fresh / path.relative_to(ROOT)).read_bytes(), f"{path.name} is not clean: run `make sync`"
+        assert path.read_text(encoding="utf-8") == pages.joined(
+            path.read_text(encoding="utf-8")
+        ), f"{path.name} prints in pieces: run `make sync`"
+        assert path.read_bytes() == (fresh / path.relative_to(ROOT)).read_bytes(), (
+            f"{path.name} is not clean: run `make sync`"
+        )
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
@@ -38,15 +60,25 @@ def test_outputs_are_stored_and_hold_no_error(path):
     for c in code:
         for o in c["outputs"]:
             assert o["output_type"] != "error", f"{path.name}: {o.get('evalue')}"
-            assert "widget" not in json.dumps(list(o.get("data", {}))), f"{path.name}: widgets do not show on GitHub"
+            assert "widget" not in json.dumps(list(o.get("data", {}))), (
+                f"{path.name}: widgets do not show on GitHub"
+            )
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 def test_import_cells_hold_imports_only(path):
     "A cell that mixes imports with other code is run while the docs are made."
     for c in cells(path):
-        if c["cell_type"] != "code" or directives(c).get("eval") == "false" or source(c).lstrip().startswith(("!", "%")): continue
-        kinds = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source(c)).body]
+        if (
+            c["cell_type"] != "code"
+            or directives(c).get("eval") == "false"
+            or source(c).lstrip().startswith(("!", "%"))
+        ):
+            continue
+        kinds = [
+            isinstance(n, (ast.Import, ast.ImportFrom))
+            for n in ast.parse(source(c)).body
+        ]
         assert all(kinds) or not any(kinds), f"{path.name}: {source(c)[:60]!r}"
 
 
@@ -54,6 +86,8 @@ def test_chapters_import_earlier_chapters_only():
     order = [p.stem[3:] for p in notebooks() if re.match(r"\d\d_", p.name)]
     for i, name in enumerate(order):
         code = (ROOT / "las_nb" / f"{name}.py").read_text(encoding="utf-8")
-        found = re.findall(r"^\s*from \.(\w+) import", code, re.M)  # nbdev makes imports of the library relative
+        # nbdev makes imports of the library relative
+        found = re.findall(r"^\s*from \.(\w+) import", code, re.M)
         assert found or name in ("attention", "kernels")
-        for used in found: assert used in order[:i], f"{name} imports {used}"
+        for used in found:
+            assert used in order[:i], f"{name} imports {used}"

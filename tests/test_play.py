@@ -1,4 +1,6 @@
-"The interactive figures, driven by keyboard in Chromium and compared with the functions of the library."
+"""The interactive figures, driven by keyboard in Chromium and compared with the
+functions of the library."""
+
 import json
 import pytest, torch
 from las_nb.attention import masked_softmax
@@ -12,7 +14,9 @@ def page(site, browser):
     "The page, open; a script error or a request to elsewhere fails the test."
     p, faults = browser.new_page(), []
     p.on("pageerror", lambda e: faults.append(str(e)))
-    p.on("request", lambda r: faults.append(r.url) if r.url.startswith("http") else None)
+    p.on(
+        "request", lambda r: faults.append(r.url) if r.url.startswith("http") else None
+    )
     p.goto((site / "play.html").as_uri())
     yield p
     p.close()
@@ -21,48 +25,81 @@ def page(site, browser):
 
 def stored(name):
     "The data of a figure, as the notebook stored it."
-    text = next("".join(o["data"]["text/markdown"]) for c in cells(NBS / "play.ipynb") for o in c.get("outputs", []) if f"play-{name}" in str(o.get("data", {}).get("text/markdown", "")))
-    return json.JSONDecoder().raw_decode(text, text.index(f'"play-{name}"), ') + len(f'"play-{name}"), '))[0]
+    text = next(
+        "".join(o["data"]["text/markdown"])
+        for c in cells(NBS / "play.ipynb")
+        for o in c.get("outputs", [])
+        if f"play-{name}" in str(o.get("data", {}).get("text/markdown", ""))
+    )
+    return json.JSONDecoder().raw_decode(
+        text, text.index(f'"play-{name}"), ') + len(f'"play-{name}"), ')
+    )[0]
 
 
 def expected(data, alpha, window, order, centred):
     s, i = torch.tensor(data["scores"], dtype=torch.float64), data["query"]
-    e = (s * locality_kernel(torch.tensor([alpha], dtype=torch.float64), len(s))[0, i])[None]
+    e = (s * locality_kernel(torch.tensor([alpha], dtype=torch.float64), len(s))[0, i])[
+        None
+    ]
     seen = torch.arange(len(s)) <= i
-    if order == "scores": return masked_softmax(smooth_scores(e, window, not centred), seen)[0]
+    if order == "scores":
+        return masked_softmax(smooth_scores(e, window, not centred), seen)[0]
     return smooth_weights(masked_softmax(e, seen), window, not centred)[0]
 
 
-def weights(figure): return torch.tensor(json.loads(figure.get_attribute("data-weights")), dtype=torch.float64)
+def weights(figure):
+    return torch.tensor(
+        json.loads(figure.get_attribute("data-weights")), dtype=torch.float64
+    )
 
 
 def test_row_follows_the_keyboard_and_the_library(page):
     figure, data = page.locator("#play-row"), stored("row")
     rate, window = figure.locator("[name=alpha]"), figure.locator("[name=window]")
-    torch.testing.assert_close(weights(figure), expected(data, .2, 3, "scores", False))
+    torch.testing.assert_close(weights(figure), expected(data, 0.2, 3, "scores", False))
     rate.focus()
-    for _ in range(5): page.keyboard.press("ArrowRight")
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
     assert rate.get_attribute("aria-valuetext") == "0.30"
-    torch.testing.assert_close(weights(figure), expected(data, .3, 3, "scores", False))
+    torch.testing.assert_close(weights(figure), expected(data, 0.3, 3, "scores", False))
     window.focus()
-    for _ in range(2): page.keyboard.press("ArrowRight")
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
     for order in ("scores", "weights"):
         for side in ("back", "centred"):
-            figure.locator(f"input[value={order}]").focus(); page.keyboard.press("Space")
-            figure.locator(f"input[value={side}]").focus(); page.keyboard.press("Space")
+            figure.locator(f"input[value={order}]").focus()
+            page.keyboard.press("Space")
+            figure.locator(f"input[value={side}]").focus()
+            page.keyboard.press("Space")
             got = weights(figure)
-            torch.testing.assert_close(got, expected(data, .3, 5, order, side == "centred"))
-            moved, words = float(figure.get_attribute("data-moved")), figure.locator("p").inner_text()
-            leak = max(moved, got[data["query"] + 1:].sum().item())  # on the row's weights, or by its scores
-            assert (leak > .01) == (side == "centred") == ("LEAKS" in words), (order, side, words)
+            torch.testing.assert_close(
+                got, expected(data, 0.3, 5, order, side == "centred")
+            )
+            moved = float(figure.get_attribute("data-moved"))
+            words = figure.locator("p").inner_text()
+            # on the row's weights, or by its scores
+            leak = max(moved, got[data["query"] + 1 :].sum().item())
+            assert (leak > 0.01) == (side == "centred") == ("LEAKS" in words), (
+                order,
+                side,
+                words,
+            )
 
 
 def test_tab_reaches_every_control(page):
-    count = page.locator(".play input[type=range]").count() + page.locator(".play fieldset").count()
+    count = (
+        page.locator(".play input[type=range]").count()
+        + page.locator(".play fieldset").count()
+    )
     seen = set()
     page.locator("#play-row [name=alpha]").focus()
     for _ in range(count + 3):
-        seen.add(page.evaluate("document.activeElement.closest('.play') ? document.activeElement.name : ''"))
+        seen.add(
+            page.evaluate(
+                "document.activeElement.closest('.play') ? document.activeElement.name "
+                ": ''"
+            )
+        )
         page.keyboard.press("Tab")
     assert len(seen - {""}) == count == 7
 
@@ -73,25 +110,48 @@ def test_cost_reads_the_measurements(page):
     for c in data["cases"]:
         figure.locator(f"input[value='{c['max_rate']:g}']").check()
         at = figure.locator("[name=length]")
-        at.evaluate("(e, L) => { for (e.value = 0; ; e.value++) { e.dispatchEvent(new Event('input', {bubbles: true})); if (e.nextElementSibling.textContent.replace(/,/g, '') == L) break; if (e.value == e.max) throw 'no such length'; } }", c["L"])
+        at.evaluate(
+            "(e, L) => { for (e.value = 0; ; e.value++) { e.dispatchEvent(new "
+            "Event('input', {bubbles: true})); if "
+            "(e.nextElementSibling.textContent.replace(/,/g, '') == L) break; if "
+            "(e.value == e.max) throw 'no such length'; } }",
+            c["L"],
+        )
         ratio = c["ways"]["auto"]["seconds"] / c["ways"]["plain"]["seconds"]
-        assert float(figure.get_attribute("data-ratio")) == pytest.approx(ratio) and f"{c['L']:,}" in words.inner_text()
+        assert (
+            float(figure.get_attribute("data-ratio")) == pytest.approx(ratio)
+            and f"{c['L']:,}" in words.inner_text()
+        )
     before = words.inner_text()
-    figure.locator("input[value=memory]").focus(); page.keyboard.press("Space")
+    figure.locator("input[value=memory]").focus()
+    page.keyboard.press("Space")
     assert "MiB" in words.inner_text() != before
 
 
 def test_still_pictures_where_no_script_runs(site, browser):
     context = browser.new_context(java_script_enabled=False)
-    p = context.new_page(); p.goto((site / "play.html").as_uri())
+    p = context.new_page()
+    p.goto((site / "play.html").as_uri())
     for name in ("row", "cost"):
         still = p.locator(f"#play-{name} .still")
-        assert still.is_visible() and still.bounding_box()["width"] > 300 and len(still.get_attribute("alt")) > 40
+        assert (
+            still.is_visible()
+            and still.bounding_box()["width"] > 300
+            and len(still.get_attribute("alt")) > 40
+        )
     context.close()
 
 
 def test_figures_in_light_and_dark(page):
     "Text and lines take the page's colour."
     for ground, ink in (("white", "rgb(20, 20, 20)"), ("#222", "rgb(240, 240, 240)")):
-        page.evaluate(f"document.body.style.cssText = 'background: {ground}; color: {ink}'")
-        for name in ("row", "cost"): assert page.locator(f"#play-{name} svg text").first.evaluate("e => getComputedStyle(e).fill") == ink
+        page.evaluate(
+            f"document.body.style.cssText = 'background: {ground}; color: {ink}'"
+        )
+        for name in ("row", "cost"):
+            assert (
+                page.locator(f"#play-{name} svg text").first.evaluate(
+                    "e => getComputedStyle(e).fill"
+                )
+                == ink
+            )
