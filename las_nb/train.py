@@ -4,13 +4,22 @@
 
 # %% auto #0
 __all__ = [
+    "AT_LEAST",
+    "ABOVE",
     "LAS_OPTIONS",
     "PRESETS",
+    "HALF_DONE",
+    "WORDS",
+    "RECIPE",
+    "RUN",
     "Recipe",
+    "check_types",
+    "check_values",
     "mixer_arguments",
     "presets",
     "preset",
     "run_name",
+    "as_text",
     "command_line",
     "build",
     "learning_rate",
@@ -29,6 +38,7 @@ __all__ = [
     "read_facts",
     "verified",
     "Stopped",
+    "RunState",
     "Trainer",
     "listening",
     "attention_entropy",
@@ -42,21 +52,33 @@ __all__ = [
     "read_option",
     "tidy",
     "needs",
-    "train_main",
+    "trouble",
     "summary",
     "guarded",
-    "trouble",
+    "train_parser",
+    "train_main",
     "eval_main",
+    "kinds_of",
+    "gpu_runs",
+    "short_runs",
     "cpu_runs",
     "rate_trials",
     "experiments",
     "status",
+    "keep_curve",
+    "make_run",
+    "make_or_note",
+    "check_work",
+    "time_left",
     "work_off",
+    "tell_finished",
     "experiments_main",
 ]
 
 # %% ../nbs/10_train.ipynb #1d1df0f6
-import argparse, ast, dataclasses, fnmatch, gc, hashlib, importlib, importlib.util, inspect, io, json, math, os, re, shutil, signal, sys, threading, time, typing, warnings
+import argparse, ast, dataclasses, fnmatch, functools, gc, hashlib, importlib
+import importlib.util, inspect, io, json, math, os, re, shutil, signal, sys, threading
+import time, typing, warnings
 import torch, torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +115,8 @@ class Recipe:
 
     Raises `ValueError` for a wrong type or value."""
 
-    # digits, smnist, pmnist, listops, text, retrieval, image, pathfinder, pathx, or a
-    # probe: motif, needle, recall, apart, copying
-    task: str
-    # las, plain (which is las with max_rate 0 and window 1), or another mixer:
-    # attention, alibi, s4d, ...
-    model: str = "las"
+    task: str  # what is learnt: digits, smnist, listops, motif, ...
+    model: str = "las"  # las, plain (las without its parts), or another mixer: s4d, ...
     dim: int = 128  # width
     depth: int = 4  # blocks
     n_heads: int = 4  # heads per block
@@ -113,14 +131,11 @@ class Recipe:
     causal: bool = True  # see the past only
     spacing: str = "geometric"  # decay rates over heads: geometric, uniform or equal
     method: str = "auto"  # how attention is computed: auto, dense, sdpa, flex or linear
-    # error allowed where far keys are approximated; none = by dtype
-    tol: float | None = None
-    # no score is larger; none = measured at every call
-    score_bound: float | None = None
+    tol: float | None = None  # error allowed for far keys; none = by dtype
+    score_bound: float | None = None  # no score is larger; none = measured
     chunk: int | None = None  # block length of LaS-chunk; none = attention everywhere
     mixer_options: str = ""  # arguments of other mixers, such as n_state=16,dt_min=0.01
-    # hidden width of the feed-forward networks; none = 4 dim
-    feedforward: int | None = None
+    feedforward: int | None = None  # hidden width of feed-forward nets; none = 4 dim
     epochs: int = 15  # passes over the training set
     batch_size: int = 64  # sequences per step, over all processes
     lr: float = 2e-3  # highest learning rate
@@ -128,63 +143,68 @@ class Recipe:
     clip: float = 1.0  # largest norm of the gradient
     schedule: str = "cosine"  # after the warm-up: cosine, constant or plateau
     warmup: float = 0.1  # share of all steps over which the rate rises
-    # plateau: epochs without a better validation score before the rate is halved
-    patience: int = 3
+    patience: int = 3  # plateau: epochs without a better score before a halving
     seed: int = 0  # of weights, order and dropout
-    # train and test on this many sequences at most, validate on a ninth
-    limit: int | None = None
+    limit: int | None = None  # train and test on so many at most, validate on a ninth
     sample: bool = False  # train on the small set of las_data --sample
-    # of the training set that is used; an epoch keeps its steps and reads it several
-    # times
-    share: float = 1.0
+    share: float = 1.0  # of the training set; an epoch keeps its number of steps
     length: int | None = None  # steps per sequence, in tasks that let one choose
-    # which of the task's presets these settings depart from: fast, cpu, paper, short or
-    # smoke
-    preset: str = "fast"
+    preset: str = "fast"  # of the task: fast, cpu, paper, short or smoke
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, kinds = getattr(self, f.name), typing.get_args(f.type) or (f.type,)
-            if float in kinds and type(value) is int:
-                setattr(self, f.name, float(value))
-            elif type(value) not in kinds:
-                raise ValueError(
-                    f"{f.name} must be "
-                    f"{' or '.join('none' if k is type(None) else k.__name__ for k in kinds)}; got {value!r}"
-                )
-        check_choice("task", self.task, tuple(every_task()))
-        check_choice("model", self.model, ("plain", *every_mixer()))
-        mixer_arguments(self)
-        check_choice("schedule", self.schedule, ("cosine", "constant", "plateau"))
-        least = dict(
-            epochs=1, batch_size=1, patience=0, seed=0, weight_decay=0, warmup=0
-        ) | ({} if self.limit is None else dict(limit=1))
-        for name, low in least.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be at least {low}; got {getattr(self, name)}"
-                )
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
-        if self.seed > 10**9:
-            raise ValueError(
-                f"seed must be at most a thousand million; got {self.seed}"
-            )
-        if not 0 < self.share <= 1:
-            raise ValueError(
-                f"share must lie above 0 and be at most 1; got {self.share}"
-            )
-        if self.length is not None and not every_task()[self.task].any_length:
-            raise ValueError(
-                f"{self.task} has sequences of its own length: leave length out"
-            )
-        if self.warmup >= 1:
-            raise ValueError(
-                f"warmup is a share of the steps, below 1; got {self.warmup}"
-            )
+        check_types(self)
         if self.model == "plain":
             self.max_rate, self.window = 0.0, 1
+        check_values(self)
+
+
+# %% ../nbs/10_train.ipynb #fa1bce3a
+def check_types(recipe: Recipe) -> None:
+    "Make numbers what they should be; raises `ValueError` for a wrong type."
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        kinds = typing.get_args(f.type) or (f.type,)
+        if float in kinds and type(value) is int:
+            setattr(recipe, f.name, float(value))
+        elif type(value) not in kinds:
+            names = ["none" if k is type(None) else k.__name__ for k in kinds]
+            raise ValueError(f"{f.name} must be {' or '.join(names)}; got {value!r}")
+
+
+# %% ../nbs/10_train.ipynb #8c80a808
+# what a number must be at least, and what it must be above
+AT_LEAST = dict(
+    epochs=1, batch_size=1, patience=0, seed=0, weight_decay=0, warmup=0, limit=1
+)
+ABOVE = dict(lr=0, clip=0, share=0)
+
+
+def check_values(recipe: Recipe) -> None:
+    "Raise `ValueError` for names that nobody knows and numbers that make no sense."
+    task = every_task().get(recipe.task)
+    check_choice("task", recipe.task, tuple(every_task()))
+    check_choice("model", recipe.model, ("plain", *every_mixer()))
+    check_choice("schedule", recipe.schedule, ("cosine", "constant", "plateau"))
+    mixer_arguments(recipe)
+    for name, low in AT_LEAST.items():
+        value = getattr(recipe, name)
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"{name} must be at least {low}; got {value}")
+    for name, low in ABOVE.items():
+        value = getattr(recipe, name)
+        if not low < value < math.inf:
+            raise ValueError(f"{name} must be above {low}; got {value}")
+    for wrong, why in (
+        (recipe.seed > 10**9, "seed must be at most a thousand million; got {seed}"),
+        (recipe.share > 1, "share must be at most 1; got {share}"),
+        (recipe.warmup >= 1, "warmup is a share of the steps, below 1; got {warmup}"),
+        (
+            recipe.length is not None and not (task and task.any_length),
+            "{task} has sequences of its own length: leave length out",
+        ),
+    ):
+        if wrong:
+            raise ValueError(why.format(**vars(recipe)))
 
 
 # %% ../nbs/10_train.ipynb #9f18afdf
@@ -280,31 +300,31 @@ def preset(
 # such as "smnist-las-none-0" or "listops-paper-las-none-0"
 def run_name(recipe: Recipe) -> str:
     "A short name for a run."
-    return f"{recipe.task}{'' if recipe.preset == 'fast' else '-' + recipe.preset}-{recipe.model}-{recipe.positions or 'none'}-{recipe.seed}"
+    which = [] if recipe.preset == "fast" else [recipe.preset]
+    positions = recipe.positions or "none"
+    parts = [recipe.task, *which, recipe.model, positions, recipe.seed]
+    return "-".join(map(str, parts))
 
 
 # %% ../nbs/10_train.ipynb #8e7e4fec
+def as_text(value: Any) -> str:
+    "A value as one writes it on a command line."
+    plain = value is None or isinstance(value, bool)
+    return str(value).lower() if plain else str(value)
+
+
 def command_line(recipe: Recipe) -> str:
     "The command that repeats a run."
     usual = preset(recipe.task, model=recipe.model, preset=recipe.preset)
-    changed = [
-        f.name
-        for f in dataclasses.fields(recipe)
-        if getattr(recipe, f.name) != getattr(usual, f.name)
-    ]
-
-    def text(name, value):
-        return f"--{name} {str(value).lower() if value is None or isinstance(value, bool) else value}"
-
-    return " ".join(
-        [
-            "las_train",
-            recipe.task,
-            *([f"--preset {recipe.preset}"] if recipe.preset != "fast" else []),
-            *([f"--model {recipe.model}"] if recipe.model != "las" else []),
-            *(text(n, getattr(recipe, n)) for n in changed),
-        ]
-    )
+    words = ["las_train", recipe.task]
+    if recipe.preset != "fast":
+        words.append(f"--preset {recipe.preset}")
+    if recipe.model != "las":
+        words.append(f"--model {recipe.model}")
+    for name, value in vars(recipe).items():
+        if value != getattr(usual, name):
+            words.append(f"--{name} {as_text(value)}")
+    return " ".join(words)
 
 
 # %% ../nbs/10_train.ipynb #66ff298e
@@ -549,48 +569,46 @@ class Stopped(Exception):
         self.number = number
 
 
-# %% ../nbs/10_train.ipynb #a600605d
-class Trainer:
-    """Trains one recipe in one folder; what was cut goes on as if nothing had happened.
+# %% ../nbs/10_train.ipynb #3072c701
+class RunState:
+    "What a run knows of itself. It is saved, and goes on after a cut."
 
-    Raises `TrainingError` when it cannot start: the folder cannot be written or is in use, or its checkpoint is damaged.
-    Works under `accelerate launch` and torchrun on several devices."""
-
-    recipe: Recipe
-    out: Path
-    save_minutes: float
-    deadline: float | None
-    progress: bool
-    name: str
-    tensorboard: bool
-    compile: bool
-    model: LaSTransformer
-    net: Any
-    optimizer: Any
-    accelerator: Any
-    device: torch.device
-    world: int
-    rank: int
-    lock: Any
-    data: dict[str, Batch | Sequences]
-    steps: int
-    epoch: int
-    step: int
-    seconds: float
-    cpu_before: float
-    tokens: int
-    peak: int
-    curve: dict[str, list[float]]
-    signal: int | None
-    asked: int
-    checked: int
-    commits: list[str]
+    epoch: int  # epochs done
+    step: int  # steps done in this epoch
+    checked: int  # batches done of an evaluation under way
+    curve: dict[str, list[float]]  # by epoch: loss, train, valid, norm, worst
+    sums: torch.Tensor  # `(7,)`, of this epoch so far; see learn
+    seconds: float  # of training
+    cpu_before: float  # seconds of one core before this process; see cpu_seconds
+    tokens: int  # read in the epochs done
+    peak: int  # bytes
+    commits: list[str]  # versions, devices and precisions that had a part in it
     devices: list[str]
     precisions: list[str]
-    sums: torch.Tensor
-    labels: str
+
+
+# %% ../nbs/10_train.ipynb #dd10f94f
+class Trainer(RunState):
+    """Trains one recipe in one folder; what was cut goes on as if nothing had happened.
+
+    Raises `TrainingError` when it cannot start: the folder cannot be written or is in
+    use, or its checkpoint is damaged.
+    Works under `accelerate launch` and torchrun on several devices."""
+
+    accelerator: Any
+    device: torch.device
+    world: int  # processes
+    rank: int  # of this one
+    lock: Any
+    model: LaSTransformer
+    net: Any  # the model, as Accelerate or torch.compile wraps it
+    optimizer: Any
+    data: dict[str, Batch | Sequences]
+    labels: str  # a checksum of them
+    steps: int  # per epoch
+    signal: int | None  # the one that came
+    asked: int  # how often pause was asked
     saved_at: float
-    report: Callable[[dict[str, Any]], None] | None
     # methods that cells below add
     run: Callable[[], dict[str, Any]]
     evaluate: Callable[[str], float]
@@ -607,50 +625,19 @@ class Trainer:
         save_minutes: float = 2.0,  # time between checkpoints
         deadline: float | None = None,  # time.monotonic() at which to save and stop
         progress: bool = True,  # draw a bar
-        # of the record; by default task, model, positions and seed
-        name: str | None = None,
-        # called after every epoch, with what is known of the run; see progress
+        name: str | None = None,  # of the record; None = that of run_name
+        # called after every epoch, with what is known of the run
         report: Callable[[dict[str, Any]], None] | None = None,
     ):
-        # a library below warns in notebooks without widgets
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from accelerate import Accelerator
-            from accelerate.state import AcceleratorState
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        # an earlier trainer may have had another device or precision
-        if alone:
-            AcceleratorState._reset_state(reset_partial_state=True)
         check_choice("precision", precision, ("auto", "no", "bf16", "fp16"))
         if not 0 <= save_minutes < math.inf:
             raise ValueError(f"save_minutes must be 0 or more; got {save_minutes}")
-        cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-            "1",
-            "true",
-            "yes",
-        )
-        self.recipe = recipe
-        self.out = Path(out)
-        self.save_minutes = save_minutes
-        self.deadline = deadline
-        self.progress = progress
+        self.recipe, self.out, self.name = recipe, Path(out), name or run_name(recipe)
+        self.save_minutes, self.deadline = save_minutes, deadline
+        self.tensorboard, self.compile, self.progress = tensorboard, compile, progress
+        self.report, self.lock = report, None
         self.model = build(recipe)  # first: it refuses what does not fit
-        self.accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=best_precision(cpu) if precision == "auto" else precision,
-            log_with="tensorboard" if tensorboard else None,
-            project_dir=str(out),
-        )
-        self.device = self.accelerator.device
-        self.world = self.accelerator.num_processes
-        self.rank = self.accelerator.process_index
-        if self.device.type == "cpu" and precision == "fp16":
-            raise ValueError("fp16 needs a GPU; use precision bf16 or no")
-        self.name = name or run_name(recipe)
-        self.tensorboard = tensorboard
-        self.compile = compile
-        self.lock = None
-        self.report = report
+        self.find_devices(cpu, precision)
         self.first(self.claim)
         try:
             self.prepare(root)
@@ -659,122 +646,154 @@ class Trainer:
                 self.lock.release()
             raise
 
-    def first(self, work: Callable[[], Any]) -> None:
-        "Let the first process do something; what it cannot do, all cannot."
-        problem = None
-        if self.rank == 0:
-            try:
-                work()
-            except TrainingError as e:
-                problem = e
-        if self.world > 1:
-            from accelerate.utils import broadcast_object_list
 
-            [problem] = broadcast_object_list([problem])
-        if problem:
-            raise problem
+# %% ../nbs/10_train.ipynb #9c3b3cd2
+@patch
+def find_devices(self: Trainer, cpu: bool, precision: str) -> None:
+    "Let Accelerate say on which device, in how many processes, in which precision."
+    # a library below warns in notebooks without widgets
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    # an earlier trainer may have had another device or precision
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    cpu = cpu or asked in ("1", "true", "yes")
+    self.accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=best_precision(cpu) if precision == "auto" else precision,
+        log_with="tensorboard" if self.tensorboard else None,
+        project_dir=str(self.out),
+    )
+    self.device = self.accelerator.device
+    self.world = self.accelerator.num_processes
+    self.rank = self.accelerator.process_index
+    if self.device.type == "cpu" and precision == "fp16":
+        raise ValueError("fp16 needs a GPU; use precision bf16 or no")
 
-    def prepare(self, root: str | Path | None) -> None:
-        """Load the data, wrap the model, and go to where the last checkpoint was
-        written."""
-        recipe = self.recipe
-        self.data = load_task(
-            recipe.task,
-            root,
-            self.device,
-            recipe.limit,
-            recipe.sample,
-            length=recipe.length,
-        )
-        # per epoch
-        self.steps = math.ceil(len(self.data["train"].labels) / recipe.batch_size)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr
-        )
-        self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        if self.compile:
-            torch._dynamo.reset()
-            self.net = torch.compile(self.net)
-        self.epoch, self.step, self.seconds, self.tokens, self.peak = 0, 0, 0.0, 0, 0
-        self.cpu_before = -time.process_time()  # of this run before this process
-        self.curve = dict(loss=[], train=[], valid=[], norm=[], worst=[])
-        self.signal = None
-        self.asked = 0
-        self.checked = 0
-        # a run may be cut here and go on elsewhere
-        self.commits, self.devices, self.precisions = [], [], []
-        # see learn
-        self.sums = torch.zeros(
-            7,
-            dtype=torch.float32 if self.device.type == "mps" else torch.float64,
-            device=self.device,
-        )
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.labels = hashlib.sha256(
-            b"".join(
-                self.data[part].labels.cpu().numpy().tobytes()
-                for part in ("train", "valid", "test")
-            )
-        ).hexdigest()[:16]
-        self.accelerator.wait_for_everyone()
-        if found := checkpoints(self.out):
-            self.restore(found[-1])
-        device = (
-            torch.cuda.get_device_name()
-            if self.device.type == "cuda"
-            else self.device.type
-        )
-        here = dict(
-            commits=commit_id(),
-            devices=device if self.world == 1 else f"{self.world} x {device}",
-            precisions=self.accelerator.mixed_precision,
-        )
-        for known, value in here.items():
-            if value not in getattr(self, known):
-                getattr(self, known).append(value)
-        self.saved_at = time.monotonic()
 
-    def claim(self) -> None:
-        "Make the folder and keep other processes out of it."
-        from filelock import FileLock, Timeout
-
+# %% ../nbs/10_train.ipynb #4aa4fac2
+@patch
+def first(self: Trainer, work: Callable[[], Any]) -> None:
+    "Let the first process do something; what it cannot do, all cannot."
+    problem = None
+    if self.rank == 0:
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.out / ".lock", timeout=0)
-            self.lock.acquire()
-            replace_file(self.out / ".writable", b"")
-            (self.out / ".writable").unlink()
-            # what a run that was killed had begun to write
-            for p in self.out.glob(".*"):
-                if re.fullmatch(r"\.checkpoint-\d{6,}", p.name):
-                    shutil.rmtree(p)
-                if re.fullmatch(
-                    r"\.(model\.safetensors|(config|recipe|results)\.json|curves\.png|writable)\.\d+",
-                    p.name,
-                ):
-                    p.unlink()
-        except Timeout:
-            raise InUse(
-                f"another process is training in {self.out}; wait for it or choose "
-                "another folder with --out"
-            ) from None
-        except OSError as e:
-            raise CannotWrite(
-                f"cannot write to {self.out} ({e.strerror}); choose another folder "
-                "with --out"
-            ) from None
+            work()
+        except TrainingError as e:
+            problem = e
+    if self.world > 1:
+        from accelerate.utils import broadcast_object_list
 
-    @property
-    def done(self) -> int:
-        "Steps so far."
-        return self.epoch * self.steps + self.step
+        [problem] = broadcast_object_list([problem])
+    if problem:
+        raise problem
 
-    @property
-    def cpu_seconds(self) -> float:
-        """What the run has cost so far: seconds of one core, with validation, in the
-        first process."""
-        return self.cpu_before + time.process_time()
+
+# %% ../nbs/10_train.ipynb #f5d39dbe
+# a checkpoint, or a file, that was being written
+HALF_DONE = re.compile(
+    r"\.checkpoint-\d{6,}|"
+    r"\.(model\.safetensors|(config|recipe|results)\.json|curves\.png|writable)\.\d+"
+)
+
+
+@patch
+def claim(self: Trainer) -> None:
+    "Make the folder and keep other processes out of it."
+    from filelock import FileLock, Timeout
+
+    try:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.out / ".lock", timeout=0)
+        self.lock.acquire()
+        replace_file(self.out / ".writable", b"")
+        (self.out / ".writable").unlink()
+        for p in filter(lambda p: HALF_DONE.fullmatch(p.name), self.out.glob(".*")):
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
+    except Timeout:
+        raise InUse(
+            f"another process is training in {self.out}; wait for it or choose "
+            "another folder with --out"
+        ) from None
+    except OSError as e:
+        raise CannotWrite(
+            f"cannot write to {self.out} ({e.strerror}); choose another folder "
+            "with --out"
+        ) from None
+
+
+# %% ../nbs/10_train.ipynb #541e460c
+@patch
+def prepare(self: Trainer, root: str | Path | None) -> None:
+    "Load the data, wrap the model, and go to where the last checkpoint was written."
+    r = self.recipe
+    self.data = load_task(r.task, root, self.device, r.limit, r.sample, length=r.length)
+    labels = [self.data[part].labels for part in ("train", "valid", "test")]
+    self.steps = math.ceil(len(labels[0]) / r.batch_size)
+    digest = hashlib.sha256(b"".join(y.cpu().numpy().tobytes() for y in labels))
+    self.labels = digest.hexdigest()[:16]
+    self.optimizer = torch.optim.AdamW(
+        parameter_groups(self.model, r.weight_decay), lr=r.lr
+    )
+    self.net, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+    if self.compile:
+        torch._dynamo.reset()
+        self.net = torch.compile(self.net)
+    self.begin()
+    self.accelerator.wait_for_everyone()
+    if found := checkpoints(self.out):
+        self.restore(found[-1])
+    self.sign()
+    self.saved_at = time.monotonic()
+
+
+# %% ../nbs/10_train.ipynb #bdc9796e
+@patch
+def begin(self: Trainer) -> None:
+    "The state of a run that has done nothing yet."
+    self.epoch, self.step, self.checked = 0, 0, 0
+    self.seconds, self.cpu_before = 0.0, -time.process_time()
+    self.tokens, self.peak = 0, 0
+    self.curve = dict(loss=[], train=[], valid=[], norm=[], worst=[])
+    self.commits, self.devices, self.precisions = [], [], []
+    self.signal, self.asked = None, 0
+    wide = torch.float32 if self.device.type == "mps" else torch.float64
+    self.sums = torch.zeros(7, dtype=wide, device=self.device)
+    if self.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+@patch
+def sign(self: Trainer) -> None:
+    "Note version, device and precision: a run may be cut here and go on elsewhere."
+    device = self.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
+    if self.world > 1:
+        device = f"{self.world} x {device}"
+    for known, value in (
+        (self.commits, commit_id()),
+        (self.devices, device),
+        (self.precisions, self.accelerator.mixed_precision),
+    ):
+        if value not in known:
+            known.append(value)
+
+
+# %% ../nbs/10_train.ipynb #f6555891
+@patch(as_prop=True)
+def done(self: Trainer) -> int:
+    "Steps so far."
+    return self.epoch * self.steps + self.step
+
+
+@patch(as_prop=True)
+def cpu_seconds(self: Trainer) -> float:
+    "Seconds of one core so far, with validation, in the first process."
+    return self.cpu_before + time.process_time()
 
 
 # %% ../nbs/10_train.ipynb #c75070b1
@@ -1348,17 +1367,14 @@ def train(
     task: str,  # a key of every_task()
     out: str | Path | None = None,  # folder of the run; by default `runs/` and its name
     resume: bool = False,  # go on with the run in `out`, if there is one
-    # of the record; by default task, model, positions and seed
-    name: str | None = None,
-    # arguments of Trainer: root, cpu, precision, compile, tensorboard, save_minutes,
-    # deadline, progress
-    options: dict[str, Any] | None = None,
+    name: str | None = None,  # of the record; None = that of run_name
+    options: dict[str, Any] | None = None,  # arguments of Trainer: root, cpu, ...
     **changes: Any,  # fields of Recipe
 ) -> dict[str, Any]:  # the record
     """Train one model, or go on with a run that was cut; a finished one is only read.
 
-    Raises `ValueError` for a wrong option, `TrainingError` or `DataError` when the run cannot start or go on, and
-    `Stopped` when it is cut."""
+    Raises `ValueError` for a wrong option, `TrainingError` or `DataError` when the run
+    cannot start or go on, and `Stopped` when it is cut."""
     recipe = preset(task, **changes)
     out = Path(out or Path("runs") / run_name(recipe))
     if stored := stored_recipe(out):
@@ -1460,7 +1476,7 @@ def score(
     return 100 * right / len(data.labels), len(data.labels)
 
 
-# %% ../nbs/10_train.ipynb #41f2bea6
+# %% ../nbs/10_train.ipynb #12951209
 class Parser(argparse.ArgumentParser):
     "Refuses in one line."
 
@@ -1472,16 +1488,16 @@ class Parser(argparse.ArgumentParser):
 # name -> (types, default, comment)
 def options_of(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, ...]]:
     "The fields of a dataclass, or the arguments of a function, that have a default."
-    comments = docments(thing)
-    return {
-        name: (
-            typing.get_args(p.annotation) or (p.annotation,),
-            p.default,
-            comments.get(name) or "",
-        )
-        for name, p in inspect.signature(thing).parameters.items()
-        if name not in ("self", *skip) and p.default is not p.empty
-    }
+    comments, options = docments(thing), {}
+    for name, p in inspect.signature(thing).parameters.items():
+        if name not in ("self", *skip) and p.default is not p.empty:
+            kinds = typing.get_args(p.annotation) or (p.annotation,)
+            options[name] = kinds, p.default, comments.get(name) or ""
+    return options
+
+
+# %% ../nbs/10_train.ipynb #c799e044
+WORDS = dict(int="a whole number", float="a number", bool="true or false")
 
 
 def read_option(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
@@ -1490,35 +1506,32 @@ def read_option(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
         return None
     kind = next(k for k in kinds if k is not type(None))
     try:
-        return (
-            {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        )
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
     except (ValueError, KeyError):
-        raise ValueError(
-            f"--{name} takes "
-            f"{dict(int='a whole number', float='a number', bool='true or false').get(kind.__name__, kind.__name__)}; got {text!r}"
-        ) from None
+        wanted = WORDS.get(kind.__name__, kind.__name__)
+        raise ValueError(f"--{name} takes {wanted}; got {text!r}") from None
 
 
 def tidy(args: list[str], flags: list[str]) -> list[str]:
-    """Arguments with `--batch-size` written as `--batch_size`, and `--cpu` as
-    `--cpu=true`."""
+    "Arguments with `--batch-size` as `--batch_size`, and `--cpu` as `--cpu=true`."
     tidied = []
     for i, a in enumerate(args):
+        if not a.startswith("--"):
+            tidied.append(a)
+            continue
         name, eq, value = a.partition("=")
-        if a.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
+        name = name[2:].replace("-", "_")
         after = args[i + 1] if i + 1 < len(args) else "--"
-        if (
-            name[2:] in flags
-            and not eq
-            and (after.startswith("--") or after in every_task())
-        ):
-            eq, value = "=", "true"
-        tidied.append(name + eq + value if a.startswith("--") else a)
+        if name in flags and not eq:
+            if after.startswith("--") or after in every_task():
+                eq, value = "=", "true"
+        tidied.append(f"--{name}{eq}{value}")
     return tidied
 
 
+# %% ../nbs/10_train.ipynb #a9045abc
 def needs(*packages: str) -> None:
     "Refuse when a package of the training extra is missing."
     for p in packages:
@@ -1526,88 +1539,22 @@ def needs(*packages: str) -> None:
             refuse(f"{p} is missing; install the extra: pip install 'las_nb[train]'")
 
 
-def train_main(args: list[str] | None = None) -> None:
-    "Command `las_train`."
-    recipe = options_of(Recipe)
-    run = options_of(Trainer.__init__, skip=("deadline", "progress", "name", "report"))
-    run |= {
-        name: o for name, o in options_of(train).items() if name in ("out", "resume")
-    }
-    parser = Parser(
-        "las_train",
-        description="Train a model on a task.",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="presets:\n"
-        + "\n".join(
-            f"  {task} {name}: "
-            f"{', '.join(f'{k} {v}' for k, v in changes.items()) or 'the defaults'}"
-            for task in every_task()
-            for name, changes in presets(task).items()
-        ),
-    )
-    parser.add_argument("task", help=", ".join(every_task()))
-    for title, group in ("the recipe", recipe), ("the run", run):
-        section = parser.add_argument_group(title)
-        for name, (kinds, default, comment) in group.items():
-            section.add_argument(
-                f"--{name}",
-                metavar="X",
-                help=f"{comment} (default: "
-                f"{str(default).lower() if default is None or isinstance(default, bool) else default})".replace(
-                    "%", "%%"
-                ),
-            )
-    known, unknown = parser.parse_known_args(
-        tidy(
-            sys.argv[1:] if args is None else args,
-            [name for name, o in (recipe | run).items() if bool in o[0]],
+def trouble(e: BaseException) -> str:
+    "What torch says, in one line."
+    first = (str(e).splitlines() or [type(e).__name__])[0]
+    full = any(s in str(e) for s in ("out of memory", "can't allocate", "ALLOC_FAILED"))
+    if full:
+        return (
+            "memory is full; a smaller batch_size or a smaller model needs less "
+            f"({first})"
         )
-    )
-    if unknown:
-        refuse(
-            "there is no option "
-            f"{unknown[0]}{nearest(unknown[0].lstrip('-').split('=')[0], recipe | run)}"
-        )
-    needs(
-        "accelerate",
-        "safetensors",
-        "tqdm",
-        "matplotlib",
-        *["tensorboard"] * bool(known.tensorboard),
-    )
-    given = {
-        name: text
-        for name, text in vars(known).items()
-        if text is not None and name != "task"
-    }
-
-    def call():
-        values = {
-            name: read_option(name, text, (recipe | run)[name][0])
-            for name, text in given.items()
-        }
-        kept = {name: values.pop(name) for name in ("out", "resume") if name in values}
-        record = train(
-            known.task,
-            **kept,
-            options={name: values.pop(name) for name in run if name in values},
-            **values,
-        )
-        where = kept.get("out") or Path("runs") / run_name(preset(known.task, **values))
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{summary(record)}\nweights, curves.png and results.json in {where}")
-
-    guarded(call, "go on with the same command and --resume")
+    return f"torch stopped with: {first}"
 
 
 def summary(record: dict[str, Any]) -> str:
     "A finished run in one line."
-    # older records have none
-    floor = "; ".join(
-        f"{name} alone {percent:.1f} %"
-        for name, percent in record.get("trivial", {}).items()
-    )
+    floors = record.get("trivial", {})  # older records have none
+    floor = "; ".join(f"{name} alone {score:.1f} %" for name, score in floors.items())
     return (
         f"{record['name']}{' (on a SAMPLE)' * record.get('sample', False)}: test "
         f"{record['test']:.2f} %{f' ({floor})' * bool(floor)}, valid "
@@ -1618,6 +1565,7 @@ def summary(record: dict[str, Any]) -> str:
     )
 
 
+# %% ../nbs/10_train.ipynb #e2d76bfa
 def guarded(call: Callable[[], Any], advice: str) -> Any:
     "Run a command; whatever ends it early ends in one line, told by the first process."
     if int(os.environ.get("RANK", 0)):
@@ -1648,15 +1596,61 @@ def guarded(call: Callable[[], Any], advice: str) -> Any:
         refuse(trouble(e))
 
 
-def trouble(e: BaseException) -> str:
-    "What torch says, in one line."
-    first = (str(e).splitlines() or [type(e).__name__])[0]
-    full = any(s in str(e) for s in ("out of memory", "can't allocate", "ALLOC_FAILED"))
-    return (
-        f"memory is full; a smaller batch_size or a smaller model needs less ({first})"
-        if full
-        else f"torch stopped with: {first}"
+# %% ../nbs/10_train.ipynb #fbb86846
+RECIPE = options_of(Recipe)
+RUN = options_of(Trainer.__init__, skip=("deadline", "progress", "name", "report"))
+RUN |= {name: o for name, o in options_of(train).items() if name in ("out", "resume")}
+
+
+def train_parser() -> Parser:
+    "What `las_train` takes."
+    lines = []
+    for task in every_task():
+        for name, changes in presets(task).items():
+            said = ", ".join(f"{k} {v}" for k, v in changes.items())
+            lines.append(f"  {task} {name}: {said or 'the defaults'}")
+    parser = Parser(
+        "las_train",
+        description="Train a model on a task.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="presets:\n" + "\n".join(lines),
     )
+    parser.add_argument("task", help=", ".join(every_task()))
+    for title, group in ("the recipe", RECIPE), ("the run", RUN):
+        section = parser.add_argument_group(title)
+        for name, (_, default, comment) in group.items():
+            text = f"{comment} (default: {as_text(default)})".replace("%", "%%")
+            section.add_argument(f"--{name}", metavar="X", help=text)
+    return parser
+
+
+# %% ../nbs/10_train.ipynb #b248001c
+def train_main(args: list[str] | None = None) -> None:
+    "Command `las_train`."
+    options = RECIPE | RUN
+    flags = [name for name, (kinds, *_) in options.items() if bool in kinds]
+    args = tidy(sys.argv[1:] if args is None else args, flags)
+    known, unknown = train_parser().parse_known_args(args)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        refuse(f"there is no option {unknown[0]}{nearest(name, options)}")
+    needs("accelerate", "safetensors", "tqdm", "matplotlib")
+    given = {n: t for n, t in vars(known).items() if t is not None}
+    given.pop("task")
+    if "tensorboard" in given:
+        needs("tensorboard")
+
+    def call():
+        values = {n: read_option(n, text, options[n][0]) for n, text in given.items()}
+        kept = {n: values.pop(n) for n in ("out", "resume") if n in values}
+        run = {n: values.pop(n) for n in RUN if n in values}
+        record = train(known.task, **kept, options=run, **values)
+        where = kept.get("out") or Path("runs") / run_name(preset(known.task, **values))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{summary(record)}\nweights, curves.png and results.json in {where}")
+
+    guarded(call, "go on with the same command and --resume")
 
 
 # %% ../nbs/10_train.ipynb #b5e039a0
@@ -1674,83 +1668,67 @@ def eval_main(
     print(f"{checkpoint}: {split} {percent:.2f} % of {n:,} sequences")
 
 
-# %% ../nbs/10_train.ipynb #005079c6
-def cpu_runs() -> list[dict[str, Any]]:  # arguments of preset
-    """Full runs that two cores can make in days, in the order of their worth: all of
-    MNIST and ListOps, small models."""
-    las = dict(model="las", positions=None)
-    rotary = dict(model="attention", positions="rotary")
-    plain, both, bare = (
-        dict(model=m, positions=p)
-        for m, p in (("plain", "sinusoidal"), ("las", "sinusoidal"), ("plain", None))
+# %% ../nbs/10_train.ipynb #b1951ddb
+def kinds_of(*pairs: tuple[str, str | None]) -> list[dict[str, Any]]:
+    "Models and their positions, as arguments of preset."
+    return [dict(model=model, positions=positions) for model, positions in pairs]
+
+
+def gpu_runs() -> list[dict[str, Any]]:  # arguments of preset
+    "Full runs that want a GPU: seed by seed, (p)MNIST and the arena."
+    models = (("plain", None), ("plain", "sinusoidal"), ("las", None))
+    kinds = kinds_of(*models, ("las", "sinusoidal"))
+    tasks = ("listops", "image", "pathfinder", "text", "retrieval", "pathx")
+    arena = [dict(task=task, **kind) for task in tasks for kind in kinds[1:]]
+    digits, shuffled = (
+        [dict(task=task, **kind) for kind in kinds] for task in ("smnist", "pmnist")
     )
-    kinds = [
-        *((0, k) for k in (las, rotary, plain, both, bare)),
-        *((seed, k) for seed in (1, 2) for k in (las, rotary, plain)),
-    ]
-    return [dict(task="smnist", preset="cpu", seed=seed, **k) for seed, k in kinds] + [
-        dict(task=task, preset="cpu", seed=0, **k)
-        for task in ("listops", "pmnist")
-        for k in (las, rotary)
-    ]
+    every = [*digits, *arena, *shuffled]
+    return [dict(seed=seed, **r) for seed in range(3) for r in every]
+
+
+# %% ../nbs/10_train.ipynb #0f10e56e
+def short_runs() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
+    "Shortened runs, for a machine without a GPU: no scores, but real."
+    runs = {}
+    for r in gpu_runs():
+        if r["seed"] == 0 and "short" in presets(r["task"]):
+            short = r | dict(preset="short")
+            runs[run_name(preset(**short))] = short
+    small = dict(limit=1500, dim=48, depth=2, epochs=4, batch_size=16, lr=4e-3)
+    for r in gpu_runs():
+        if r["task"] == "smnist" and r["seed"] < 2:
+            runs[run_name(preset(**r)).replace("smnist", "smnist-short", 1)] = r | small
+    return runs
+
+
+# %% ../nbs/10_train.ipynb #a771d058
+def cpu_runs() -> list[dict[str, Any]]:  # arguments of preset
+    "Full runs that two cores can make in days: all of MNIST and ListOps, small models."
+    main = kinds_of(("las", None), ("attention", "rotary"), ("plain", "sinusoidal"))
+    more = kinds_of(("las", "sinusoidal"), ("plain", None))
+    digits = [dict(task="smnist", seed=0, **k) for k in main + more]
+    digits += [dict(task="smnist", seed=seed, **k) for seed in (1, 2) for k in main]
+    rest = [dict(task=t, seed=0, **k) for t in ("listops", "pmnist") for k in main[:2]]
+    return [dict(preset="cpu", **r) for r in digits + rest]
 
 
 def rate_trials() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
-    """Which learning rate the full runs of MNIST take: three tried on a tenth of its
-    digits, judged on validation."""
+    "The learning rate of the full runs of MNIST, tried on a tenth of its digits."
+    tenth = dict(task="smnist", preset="cpu", seed=0, limit=5400, epochs=3)
     return {
-        f"smnist-rate-{model}-{lr}": dict(
-            task="smnist",
-            preset="cpu",
-            model=model,
-            positions=positions,
-            seed=0,
-            lr=lr,
-            limit=5400,
-            epochs=3,
-        )
-        for lr in (3e-3, 6e-3, 1.5e-3)
-        for model, positions in (("las", None), ("attention", "rotary"))
+        f"smnist-rate-{kind['model']}-{lr}": tenth | kind | dict(lr=lr)
+        for lr in (3e-3, 6e-3)
+        for kind in kinds_of(("las", None), ("attention", "rotary"))
     }
 
 
+# %% ../nbs/10_train.ipynb #4921674d
 def experiments() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
     "The runs of this book, in the order in which they are made."
-    kinds = [
-        dict(model=model, positions=positions)
-        for model in ("plain", "las")
-        for positions in (None, "sinusoidal")
-    ]
-    arena = [
-        dict(task=task, **kind)
-        for task in ("listops", "image", "pathfinder", "text", "retrieval", "pathx")
-        for kind in kinds[1:]
-    ]
-    runs = [
-        dict(seed=seed, **r)
-        for seed in range(3)
-        for r in [
-            *(dict(task="smnist", **k) for k in kinds),
-            *arena,
-            *(dict(task="pmnist", **k) for k in kinds),
-        ]
-    ]
-    # for a machine without a GPU
-    runs += [
-        dict(preset="short", seed=0, **r)
-        for r in arena
-        if "short" in presets(r["task"])
-    ]
-    runs += cpu_runs()
-    found = {run_name(preset(**r)): r for r in runs}
-    # for a machine without a GPU
-    short = dict(limit=1500, dim=48, depth=2, epochs=4, batch_size=16, lr=4e-3)
-    found |= {
-        run_name(preset(**r)).replace("smnist", "smnist-short", 1): r | short
-        for r in runs
-        if r["task"] == "smnist" and r["seed"] < 2 and "preset" not in r
-    }
-    return found | rate_trials()
+    full = {run_name(preset(**r)): r for r in gpu_runs()}
+    small = {run_name(preset(**r)): r for r in cpu_runs()}
+    return full | short_runs() | small | rate_trials()
 
 
 # %% ../nbs/10_train.ipynb #0de50463
@@ -1786,29 +1764,84 @@ def status(
     return "waiting", ""
 
 
-# %% ../nbs/10_train.ipynb #5d0540f2
-def work_off(
-    todo: dict[str, dict[str, Any]],  # name -> arguments of preset
-    action: str,  # list or run
-    # stop, with all saved, before so many minutes have passed
-    minutes: float | None = None,
-    only: str | None = None,  # name of one, or a pattern; also one that failed
-    # folder for the runs: checkpoints and weights
-    out: str | Path = "runs/experiments",
-    results: str | Path = "nbs/results",  # folder for results files
-    root: str | Path | None = None,  # folder of data files
-    cpu: bool = False,  # leave the GPU alone
-    compile: bool = False,  # torch.compile the models
-    weights: bool = True,  # keep small weights of seed 0 beside the results?
-    # write what is known of a run after every epoch into `unfinished/` beside the
-    # results?
-    keep_curves: bool = False,
+# %% ../nbs/10_train.ipynb #de259e42
+def keep_curve(
+    path: Path,  # the file of an unfinished run
+    known: dict[str, Any],  # of the run, after an epoch
 ) -> None:
-    """The body of commands that have runs to make: list them, or make those that are
-    not finished."""
-    out, results = Path(out), Path(results)
+    "Write what is known of a run, unless the file knows more: it may have begun anew."
+    try:
+        before = len(json.loads(path.read_text())["curve"]["valid"])
+    except (OSError, ValueError, KeyError):
+        before = 0
+    if len(known["curve"]["valid"]) >= before:
+        replace_file(path, json.dumps(known, indent=1).encode())
+
+
+# %% ../nbs/10_train.ipynb #b749ea6d
+def make_run(
+    name: str,
+    changes: dict[str, Any],  # arguments of preset
+    out: Path,  # folder with the runs' folders
+    results: Path,  # folder of results files
+    options: dict[str, Any],  # arguments of Trainer
+    weights: bool = True,  # keep small weights of seed 0 beside the results?
+    keep_curves: bool = False,  # see work_off
+) -> None:
+    "Make one run, or go on with it, and put its record beside the others."
+    so_far = results / "unfinished" / f"{name}.json"
+    if keep_curves:
+        options = options | dict(report=functools.partial(keep_curve, so_far))
+    record = train(**changes, out=out / name, name=name, resume=True, options=options)
+    stored = out / name / "model.safetensors"
+    if weights and record["seed"] == 0 and stored.stat().st_size < 1_000_000:
+        for file in ("config.json", "model.safetensors"):
+            replace_file(results / name / file, (out / name / file).read_bytes())
+    # last: it says that the run is finished
+    replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())
+    for old in (so_far, out / name / "failed.txt"):
+        old.unlink(missing_ok=True)
+    print(summary(record), flush=True)
+    gc.collect()  # what the run held on the GPU
+
+
+# %% ../nbs/10_train.ipynb #6c66ed54
+def make_or_note(
+    name: str,
+    out: Path,  # folder with the runs' folders
+    make: Callable[[], None],  # makes the run
+) -> str:  # "made", "left" to another process, "failed", or "missing" data
+    "Make a run, or say in one line why not; raises `Stopped` and `CannotWrite`."
+    try:
+        make()
+        return "made"
+    except InUse as e:
+        outcome, why = "left", str(e)
+    except (CannotWrite, Stopped):
+        raise
+    except DataError as e:
+        outcome, why = "missing", str(e)
+    except (TrainingError, ValueError) as e:
+        outcome, why = "failed", str(e)
+    except (RuntimeError, AssertionError) as e:
+        outcome, why = "failed", trouble(e)
+    if outcome == "failed":
+        replace_file(out / name / "failed.txt", why.encode())
+    print(f"{name}: {why}", file=sys.stderr)
+    return outcome
+
+
+# %% ../nbs/10_train.ipynb #b2855866
+def check_work(
+    todo: dict[str, dict[str, Any]],
+    action: str,
+    minutes: float | None,
+    only: str | None,
+    results: Path,
+) -> list[str]:
+    "The names that are meant, or a refusal in one line; for arguments see work_off."
     guarded(lambda: check_choice("action", action, ("list", "run")), "")
-    names = [name for name in todo if not only or fnmatch.fnmatch(name, only)]
+    names = fnmatch.filter(todo, only) if only else list(todo)
     if not names:
         refuse(f"no experiment is called {only!r}{nearest(only, todo)}")
     if not results.is_dir():
@@ -1818,118 +1851,81 @@ def work_off(
         )
     if minutes is not None and not 1 <= minutes < math.inf:
         refuse(f"--minutes must be at least 1; got {minutes:g}")
-    if action == "list":
-        for name in names:
-            print(
-                f"{name:28s} "
-                f"{' '.join(guarded(lambda: status(name, out, results, todo), '')).strip()}"
-            )
-        return
-    needs("accelerate", "safetensors", "tqdm", "matplotlib", "psutil")
-    import psutil
-
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if action == "run" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse(
             "experiments run one process each; start las_experiments once per GPU, "
             "with CUDA_VISIBLE_DEVICES and --only"
         )
-    # loading torch counts as well
+    return names
+
+
+def time_left(
+    minutes: float | None,  # of the whole process
+) -> float | None:  # time.monotonic() at which to save and stop
+    "When to stop: loading torch counts as well, and 20 s are kept for a checkpoint."
+    if minutes is None:
+        return None
+    import psutil
+
     began = time.monotonic() - (time.time() - psutil.Process().create_time())
-    # seconds kept for the last checkpoint
-    deadline = None if minutes is None else began + 60 * minutes - 20
-    failed = []
-    missing = set()
+    return began + 60 * minutes - 20
+
+
+# %% ../nbs/10_train.ipynb #22cbc728
+def work_off(
+    todo: dict[str, dict[str, Any]],  # name -> arguments of preset
+    action: str,  # list or run
+    minutes: float | None = None,  # stop, with all saved, before they have passed
+    only: str | None = None,  # name of one, or a pattern; also one that failed
+    out: str | Path = "runs/experiments",  # folder for checkpoints and weights
+    results: str | Path = "nbs/results",  # folder for results files
+    root: str | Path | None = None,  # folder of data files
+    cpu: bool = False,  # leave the GPU alone
+    compile: bool = False,  # torch.compile the models
+    weights: bool = True,  # keep small weights of seed 0 beside the results?
+    keep_curves: bool = False,  # write `unfinished/NAME.json` after every epoch?
+) -> None:
+    "The body of commands that have runs: list them, or make those not finished."
+    out, results = Path(out), Path(results)
+    names = check_work(todo, action, minutes, only, results)
+    stand = functools.partial(status, out=out, results=results, todo=todo)
+    if action == "list":
+        for name in names:
+            said = guarded(lambda: stand(name), "")
+            print(f"{name:28s} {' '.join(said).strip()}")
+        return
+    needs("accelerate", "safetensors", "tqdm", "matplotlib", "psutil")
+    deadline, outcomes, missing = time_left(minutes), [], set()
+    options = dict(root=root, cpu=cpu, compile=compile, deadline=deadline)
     for name in names:
-        state, _ = status(name, out, results, todo)
-        if (
-            state == "finished"
-            or (state == "failed" and not only)
-            or todo[name]["task"] in missing
-        ):
+        state, task = stand(name)[0], todo[name]["task"]
+        again = only and state == "failed"
+        if state in ("finished", "failed") and not again or task in missing:
             continue
-        # too late to begin
-        if deadline is not None and time.monotonic() > deadline - (
-            90 if compile or every_task()[todo[name]["task"]].make else 30
-        ):
+        least = 90 if compile or every_task()[task].make else 30  # seconds to begin
+        if deadline is not None and time.monotonic() > deadline - least:
             break
-
-        def make():
-            # its curve, for the pages; if the run begins anew, until it is overtaken
-            so_far = results / "unfinished" / f"{name}.json"
-
-            def report(known):
-                try:
-                    before = len(json.loads(so_far.read_text())["curve"]["valid"])
-                except (OSError, ValueError, KeyError):
-                    before = 0
-                if len(known["curve"]["valid"]) >= before:
-                    replace_file(so_far, json.dumps(known, indent=1).encode())
-
-            record = train(
-                **todo[name],
-                out=out / name,
-                name=name,
-                resume=True,
-                options=dict(
-                    root=root,
-                    cpu=cpu,
-                    compile=compile,
-                    deadline=deadline,
-                    report=report if keep_curves else None,
-                ),
-            )
-            # small weights are kept for the pages
-            if (
-                weights
-                and record["seed"] == 0
-                and (out / name / "model.safetensors").stat().st_size < 1_000_000
-            ):
-                for file in ("config.json", "model.safetensors"):
-                    replace_file(
-                        results / name / file, (out / name / file).read_bytes()
-                    )
-            # last: it says that the run is finished
-            replace_file(
-                results / f"{name}.json", json.dumps(record, indent=1).encode()
-            )
-            for old in (so_far, out / name / "failed.txt"):
-                old.unlink(missing_ok=True)
-            print(summary(record), flush=True)
-            gc.collect()  # what the run held on the GPU
-
-        # a run that cannot be made must not keep the others from being made
-        def make_or_note():
-            try:
-                make()
-            except InUse as e:
-                print(f"{name}: {e}", file=sys.stderr)
-            except (CannotWrite, Stopped):
-                raise
-            # and not on record: the data may be there next time
-            except DataError as e:
-                missing.add(todo[name]["task"])
-                failed.append(name)
-                print(f"{name}: {e}", file=sys.stderr)
-            except (TrainingError, ValueError, RuntimeError, AssertionError) as e:
-                why = (
-                    str(e) if isinstance(e, (TrainingError, ValueError)) else trouble(e)
-                )
-                replace_file(out / name / "failed.txt", why.encode())
-                failed.append(name)
-                print(f"{name}: {why}", file=sys.stderr)
-
+        call = [name, todo[name], out, results, options, weights, keep_curves]
+        make = functools.partial(make_run, *call)
         try:
-            guarded(make_or_note, "go on with the same command")
-        except SystemExit:
-            print(
-                f"{sum(status(n, out, results, todo)[0] == 'finished' for n in names)} "
-                f"of {len(names)} finished"
+            outcome = guarded(
+                lambda: make_or_note(name, out, make), "go on with the same command"
             )
+        except SystemExit:
+            tell_finished(names, stand)
             raise
-    left = sum(status(name, out, results, todo)[0] != "finished" for name in names)
-    print(f"{len(names) - left} of {len(names)} finished")
-    if failed:
+        outcomes.append(outcome)
+        if outcome == "missing":
+            missing.add(task)
+    tell_finished(names, stand)
+    if {"failed", "missing"} & set(outcomes):
         raise SystemExit(2)
+
+
+def tell_finished(names: list[str], stand: Callable[[str], tuple[str, str]]) -> None:
+    "Say how many of them are finished."
+    done = sum(stand(name)[0] == "finished" for name in names)
+    print(f"{done} of {len(names)} finished")
 
 
 # %% ../nbs/10_train.ipynb #22e00b54
