@@ -673,35 +673,36 @@ class Mega(nn.Module):
         "Averages, attention and gates: what to add to `x` `(B, L, dim)`."
         x = clear_padding(x, lengths)
         with torch.autocast(x.device.type, enabled=False):
-            # (B, L, dim)
-            m = F.silu(
-                self.ema(x.mT.to(torch.promote_types(x.dtype, torch.float32)))
-            ).mT.to(x.dtype)
+            full = x.mT.to(torch.promote_types(x.dtype, torch.float32))
+            m = F.silu(self.ema(full)).mT.to(x.dtype)  # (B, L, dim)
         u, z, r, h = self.gates(m).split([self.dim, self.z, self.v, self.dim], -1)
         # (B, L, z) each
         q, k = (F.silu(z)[..., None, :] * self.scale + self.shift).unbind(-2)
-        L = x.shape[1]
-        far = (len(self.bias) + 1) // 2
-        if L > far:
-            raise ValueError(
-                f"this layer reaches {far} steps, the input has {L}; raise max_len"
-            )
-        i = torch.arange(L, device=x.device)
-        bias = self.bias[i[:, None] - i + far - 1]  # (L, L)
-        if self.causal:
-            bias = bias.masked_fill(i > i[:, None], -torch.inf)
-        # (B, L, L)
-        elif lengths is not None:
-            bias = torch.where(
-                key_mask(lengths, *x.shape[:2], x.device)[:, None], bias, -torch.inf
-            )
-        o = F.scaled_dot_product_attention(
-            q[:, None],
-            k[:, None],
-            F.silu(self.values(x))[:, None],
-            bias.to(q.dtype)[..., None, :, :] if bias.ndim == 3 else bias.to(q.dtype),
-        )[:, 0]
+        v = F.silu(self.values(x))
+        bias = _mega_bias(self, x, lengths).to(q.dtype)
+        heads = (t[:, None] for t in (q, k, v))  # one head
+        o = F.scaled_dot_product_attention(*heads, bias)[:, 0]
         return u.sigmoid() * (F.silu(h + self.out(F.silu(r) * o)) - x)
+
+
+# %% ../nbs/16_layers.ipynb #a095798b
+def _mega_bias(
+    layer: Mega, x: torch.Tensor, lengths: torch.Tensor | None
+) -> torch.Tensor:  # `(L, L)`, or `(B, 1, L, L)` where keys are padding
+    "What is added to scores: a number for every distance, and -inf for hidden keys."
+    L, far = x.shape[1], (len(layer.bias) + 1) // 2
+    if L > far:
+        raise ValueError(
+            f"this layer reaches {far} steps, the input has {L}; raise max_len"
+        )
+    i = torch.arange(L, device=x.device)
+    bias = layer.bias[i[:, None] - i + far - 1]  # (L, L)
+    if layer.causal:
+        return bias.masked_fill(i > i[:, None], -torch.inf)
+    if lengths is not None:
+        seen = key_mask(lengths, *x.shape[:2], x.device)  # (B, L)
+        bias = torch.where(seen[:, None, None], bias, -torch.inf)  # (B, 1, L, L)
+    return bias
 
 
 # %% ../nbs/16_layers.ipynb #d5bf68ce
