@@ -122,7 +122,8 @@ def read_grid(
 ) -> dict[str, dict[str, Any]]:
     """The cells of a grid, with equal numbers of parameters.
 
-    Raises `ValueError` for a file that cannot be read or asks for what does not exist."""
+    Raises `ValueError` for a file that cannot be read or asks for what does not
+    exist."""
     grid = parse_toml(path)
     for name in grid:
         check_choice("entry", name, _ENTRIES)

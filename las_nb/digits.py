@@ -39,10 +39,10 @@ from .model import LaSTransformer, count_parameters, replace_file
 
 
 # %% ../nbs/08_digits.ipynb #37bc2a34
-# `x_train` (1347, 64, 1), `y_train` (1347,), `x_test` (450, 64, 1), `y_test` (450,)
 def digits_data() -> dict[str, torch.Tensor]:
     """Scikit-learn's 8x8 digits as sequences of 64 grey values, standardised; a fixed,
-    stratified split."""
+    stratified split: `x_train` (1347, 64, 1), `y_train` (1347,), `x_test` (450, 64, 1)
+    and `y_test` (450,)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -308,9 +308,9 @@ def _git(*args: str) -> str:
 
 # the code that runs is that of the first call, whatever happens to the files later
 @functools.cache
-# short hash, with "-dirty" when files differ from it; "unknown" outside git
 def commit_id() -> str:
-    "The commit of the code that runs."
+    """The commit of the code that runs: a short hash, with "-dirty" when files differ
+    from it; "unknown" outside git."""
     try:
         # an installed copy may lie inside somebody else's repository
         _git("ls-files", "--error-unmatch", "__init__.py")
