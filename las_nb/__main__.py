@@ -97,16 +97,11 @@ def report(
     try:
         error = health(device)
     except Exception as e:
-        return (
-            False,
-            f"{device} fails with {type(e).__name__}: "
-            f"{str(e).splitlines()[0] if str(e) else 'no message'}",
-        )
-    return (
-        error < LIMIT,
-        f"{device} {'agrees' if error < LIMIT else 'DISAGREES'} with the definition to "
-        f"{error:.0e}",
-    )
+        first = str(e).splitlines()[0] if str(e) else "no message"
+        return False, f"{device} fails with {type(e).__name__}: {first}"
+    well = error < LIMIT
+    verb = "agrees" if well else "DISAGREES"
+    return well, f"{device} {verb} with the definition to {error:.0e}"
 
 
 # %% ../nbs/health.ipynb #2dae672d

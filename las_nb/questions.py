@@ -29,10 +29,11 @@ def score_at(
     device = next(model.parameters()).device
     data = load_task(task, None, device, sequences, length=length)["test"]
     size = max(1, 2**14 // length)  # sequences at once
-    parts = [data.rows(slice(i, i + size)) for i in range(0, len(data.labels), size)]
-    return sum(
-        (model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item() for b in parts
-    ), len(data.labels)
+    n, right = len(data.labels), 0
+    for i in range(0, n, size):
+        b = data.rows(slice(i, i + size))
+        right += (model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item()
+    return right, n
 
 
 # %% ../nbs/20_questions.ipynb #a635db33
