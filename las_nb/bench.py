@@ -438,6 +438,19 @@ def training_step(
     return step
 
 
+def _in_turn(
+    steps: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+    "Seconds of every step, round after round; the first round is left out."
+    times = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
 # %% ../nbs/12_bench.ipynb #c4afdc35
 _DIGITS = dict(dim=128, depth=4, n_heads=4, norm="batch", max_rate=0.1)
 _LONG = dict(dim=128, depth=2, n_heads=8, max_rate=0.5)
@@ -460,19 +473,13 @@ def model_speed(
         kinds["dense"] = dict(method="dense")
     x = torch.randn(batch, L, 1, device=device)
     y = torch.zeros(batch, dtype=torch.long, device=device)
-    times, steps = {}, {}
+    steps = {}
     for kind, changes in kinds.items():
         torch.manual_seed(0)
         every = options | dict(tol=tol) | changes
         model = LaSTransformer(10, in_features=1, **every).to(device)
         steps[kind] = training_step(model, torch.optim.AdamW(model.parameters()), x, y)
-        times[kind] = []
-        steps[kind]()
-    for _ in range(rounds):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[kind].append(time.perf_counter() - start)
+    times = _in_turn(steps, rounds)
     speed = {kind: [batch * L / t for t in ts] for kind, ts in times.items()}
     return {
         kind: dict(

@@ -32,7 +32,7 @@ import importlib, io, itertools, json, math, os, re, statistics, time, torch
 from pathlib import Path
 from typing import Any, Callable
 from fastcore.script import call_parse
-from .bench import apart, peak_of, training_step
+from .bench import _in_turn, apart, peak_of, training_step
 from .data import Batch, batches, every_task, load_task, reading_order
 from .digits import commit_id
 from .las import check_choice
@@ -251,22 +251,15 @@ def _cost_on_task(
     "Label -> what a step of its model costs."
     batch = _shared_batches(runs, root, device)
     steps = {label: step_on(args, batch[label]) for label, args in runs.items()}
-    times = {label: [] for label in runs}
-    for _ in range(rounds + 1):
-        for label, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[label].append(time.perf_counter() - start)
     found = {}
-    for label, args in runs.items():
-        seconds = times[label][1:]
+    for label, seconds in _in_turn(steps, rounds).items():
         median = statistics.median(seconds)
         found[label] = dict(
             seconds=median,
             low=min(seconds),
             high=max(seconds),
             tokens_per_s=_tokens(batch[label]) / median,
-            memory=apart("las_nb.compare:probe_step", args, root, device),
+            memory=apart("las_nb.compare:probe_step", runs[label], root, device),
         )
     return found
 

@@ -231,13 +231,13 @@ def compare(
     `if __name__ == "__main__":`."""
     keys = [(name, seed) for seed in seeds for name in MODELS]
     steps = epochs * math.ceil(len(digits_data()["x_train"]) / 32)
+    # more than four make so small a model slower
+    threads = min(4, max(1, _cores() // jobs))
     spawn = multiprocessing.get_context("spawn")
     before = multiprocessing.active_children()
     with (
         spawn.Manager() as manager,
-        ProcessPoolExecutor(
-            jobs, spawn, torch.set_num_threads, (_threads(jobs),)
-        ) as pool,
+        ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool,
     ):
         queue = manager.Queue()
         try:
@@ -256,12 +256,11 @@ def compare(
             raise
 
 
-def _threads(jobs: int) -> int:
-    "Threads per worker; more than four make so small a model slower."
-    cores = os.cpu_count() or 1
+def _cores() -> int:
+    "Cores that this process may use."
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return min(4, max(1, cores // jobs))
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # %% ../nbs/08_digits.ipynb #59005d0d

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 import torch
 from .data import DataError, Sequences, encoded
-from .digits import deaf_children
+from .digits import _cores, deaf_children
 from .model import replace_file
 
 # %% ../nbs/13_listops.ipynb #ed718418
@@ -189,13 +189,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _cores() -> int:
-    "Cores that this process may use."
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _bar(results: Iterable[Any], total: int) -> Iterable[Any]:

@@ -51,7 +51,6 @@ import tempfile, urllib.error, urllib.request
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Callable, Iterator
-import torch
 from .data import TASKS, DataError, Sequences, Task, encoded, shuffled
 from .digits import groups, mean_range
 from las_nb.listops import (
