@@ -55,14 +55,13 @@ def describe(
     device: str,  # one of devices()
 ) -> str:  # one line
     "Name and size of a device."
+    if device == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
     if not device.startswith("cuda"):
-        return (
-            f"{device} ({torch.get_num_threads()} threads)"
-            if device == "cpu"
-            else device
-        )
+        return device
     p = torch.cuda.get_device_properties(device)
-    return f"{device} ({p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor})"
+    memory = f"{p.total_memory / 2**30:.0f} GiB"
+    return f"{device} ({p.name}, {memory}, capability {p.major}.{p.minor})"
 
 
 # %% ../nbs/health.ipynb #690f8d70
@@ -98,16 +97,11 @@ def report(
     try:
         error = health(device)
     except Exception as e:
-        return (
-            False,
-            f"{device} fails with {type(e).__name__}: "
-            f"{str(e).splitlines()[0] if str(e) else 'no message'}",
-        )
-    return (
-        error < LIMIT,
-        f"{device} {'agrees' if error < LIMIT else 'DISAGREES'} with the definition to "
-        f"{error:.0e}",
-    )
+        first = str(e).splitlines()[0] if str(e) else "no message"
+        return False, f"{device} fails with {type(e).__name__}: {first}"
+    well = error < LIMIT
+    verb = "agrees" if well else "DISAGREES"
+    return well, f"{device} {verb} with the definition to {error:.0e}"
 
 
 # %% ../nbs/health.ipynb #2dae672d

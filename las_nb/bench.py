@@ -11,11 +11,11 @@ __all__ = [
     "trained_inputs",
     "Skip",
     "plain",
-    "dense",
     "las",
+    "dense",
+    "memory_left",
     "flex",
     "alibi",
-    "memory_left",
     "fastest_backend",
     "call",
     "timed",
@@ -27,18 +27,20 @@ __all__ = [
     "answer",
     "apart",
     "peak_memory",
-    "model_speed",
     "training_step",
+    "model_speed",
     "speed_table",
     "plot_speed",
     "numbers",
     "read_cases",
-    "bench_main",
     "measure",
+    "bench_main",
 ]
 
 # %% ../nbs/12_bench.ipynb #47e65963
-import contextlib, functools, importlib, json, math, multiprocessing, re, statistics, sys, time, torch, torch.nn.functional as F
+import contextlib, functools, importlib, io, json, math, multiprocessing, re
+import statistics, sys, time
+import torch, torch.nn.functional as F
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 from fastcore.script import call_parse
@@ -92,10 +94,9 @@ def trained_inputs(case: Case) -> list[torch.Tensor]:
     8 x 8 digits."""
     from las_nb.digits import digits_data
 
-    # (1347 * 64,)
     model = LaSTransformer.from_pretrained(case.trained)
-    pixels = digits_data()["x_train"].flatten()
     block = model.blocks[0]
+    pixels = digits_data()["x_train"].flatten()  # (1347 * 64,)
     start = torch.arange(case.batch)[:, None] * 64
     x = pixels[(start + torch.arange(case.L)) % len(pixels)][..., None]  # (B, L, 1)
     with torch.no_grad():
@@ -118,47 +119,6 @@ def plain(
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def dense(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rates: tuple[float, ...],
-    case: Case,
-) -> torch.Tensor:
-    "One head at a time where the matrices of all would be too many."
-    need = (
-        4
-        * case.L**2
-        * (14 if case.backward else 7)
-        * (1 if case.L > 2048 else case.batch * case.heads)
-    )
-    if need > memory_left(case.device):
-        raise Skip(f"its matrices need {need / 2**30:.0f} GiB")
-    r = torch.tensor(rates, device=q.device)
-    if case.L <= 2048:
-        return las_dense(q, k, v, r, case.window, case.pool)
-    if not case.backward:
-        return torch.cat(
-            [
-                las_dense(
-                    *(t[:, h : h + 1] for t in (q, k, v)),
-                    r[h : h + 1],
-                    case.window,
-                    case.pool,
-                )
-                for h in range(case.heads)
-            ],
-            1,
-        )
-    out = []
-    for h in range(case.heads):  # forward and backward of a head before the next
-        a = [t[:, h : h + 1].detach().requires_grad_() for t in (q, k, v)]
-        o = las_dense(*a, r[h : h + 1], case.window, case.pool)
-        torch.autograd.grad(o, a, torch.ones_like(o))
-        out.append(o.detach())
-    return torch.cat(out, 1)
-
-
 def las(method: str) -> Callable[..., torch.Tensor]:
     "LaS by a method of the library."
 
@@ -170,6 +130,45 @@ def las(method: str) -> Callable[..., torch.Tensor]:
     return way
 
 
+# %% ../nbs/12_bench.ipynb #b04b5336
+def dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rates: tuple[float, ...],
+    case: Case,
+) -> torch.Tensor:
+    "One head at a time where the matrices of all would be too many."
+    together = case.L <= 2048
+    matrices = case.batch * case.heads if together else 1
+    need = 4 * case.L**2 * matrices * (14 if case.backward else 7)
+    if need > memory_left(case.device):
+        raise Skip(f"its matrices need {need / 2**30:.0f} GiB")
+    r = torch.tensor(rates, device=q.device)
+    if together:
+        return las_dense(q, k, v, r, case.window, case.pool)
+    out = []
+    for h in range(case.heads):  # forward and backward of a head before the next
+        a = [t[:, h : h + 1] for t in (q, k, v)]
+        if case.backward:
+            a = [t.detach().requires_grad_() for t in a]
+        o = las_dense(*a, r[h : h + 1], case.window, case.pool)
+        if case.backward:
+            torch.autograd.grad(o, a, torch.ones_like(o))
+        out.append(o.detach())
+    return torch.cat(out, 1)
+
+
+def memory_left(device: str) -> float:
+    "Bytes that may be asked for without risk."
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2
+    import psutil
+
+    return psutil.virtual_memory().available / 2
+
+
+# %% ../nbs/12_bench.ipynb #0172ea31
 def flex(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -197,14 +196,16 @@ def alibi(
     from torch.nn.attention.flex_attention import create_block_mask
 
     slope = 2.0 ** (-8 * torch.arange(1, case.heads + 1, device=q.device) / case.heads)
+    size = case.L, case.L
     mask = create_block_mask(
-        lambda b, h, i, j: j <= i, None, None, case.L, case.L, device=q.device
+        lambda b, h, i, j: j <= i, None, None, *size, device=q.device
     )
     return compiled_flex()(
         q, k, v, score_mod=lambda s, b, h, i, j: s - slope[h] * (i - j), block_mask=mask
     )
 
 
+# %% ../nbs/12_bench.ipynb #edf7fe43
 WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "plain": plain,
     "auto": las("auto"),
@@ -214,15 +215,6 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "alibi": alibi,
     "dense": dense,
 }
-
-
-def memory_left(device: str) -> float:
-    "Bytes that may be asked for without risk."
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0] / 2
-    import psutil
-
-    return psutil.virtual_memory().available / 2
 
 
 # %% ../nbs/12_bench.ipynb #5b1ec171
@@ -291,44 +283,48 @@ def compare_ways(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     "Time of all methods of a case, in turn."
     a, rates = make_inputs(case)
-    names = ("plain", *(n for n in names if n != "plain"))
-    skipped = {}
-    times = {}
-    first = {}
     context, backend = fastest_backend(case, a)
+
+    def clock(name):
+        with context() if name == "plain" else contextlib.nullcontext():
+            return timed(WAYS[name], case, a, rates)
+
+    first, skipped = {}, {}
     # the first call compiles, fills caches, and finds out who can take part
-    for name in names:
+    for name in ("plain", *(n for n in names if n != "plain")):
         try:
-            with context() if name == "plain" else contextlib.nullcontext():
-                first[name], times[name] = timed(WAYS[name], case, a, rates), []
-        except Skip as e:
-            skipped[name] = str(e)
-        except ValueError as e:
-            skipped[name] = str(e).split(";")[0]
+            first[name] = clock(name)
         except Exception as e:
-            skipped[name] = (
-                f"failed: {(str(e).splitlines() or [type(e).__name__])[0][:120]}"
-            )
-    for r in range(rounds):
+            skipped[name] = _why(e)
+    times = {name: [] for name in first}
+    for _ in range(rounds):
         for name in times:
-            if first[name] > slow:
-                continue
-            with context() if name == "plain" else contextlib.nullcontext():
-                times[name].append(timed(WAYS[name], case, a, rates))
-    for name in times:
-        times[name] = times[name] or [first[name]]
+            if first[name] <= slow:
+                times[name].append(clock(name))
+    times = {name: t or [first[name]] for name, t in times.items()}
+    plain_time = statistics.median(times["plain"])
     found = {
         name: dict(
             seconds=statistics.median(t),
             low=min(t),
             high=max(t),
-            ratio=statistics.median(times["plain"]) / statistics.median(t),
+            ratio=plain_time / statistics.median(t),
             rounds=len(t),
         )
         for name, t in times.items()
     }
     found["plain"]["backend"] = backend
     return found, skipped
+
+
+def _why(e: Exception) -> str:
+    "Why a method takes no part, in a few words."
+    if isinstance(e, Skip):
+        return str(e)
+    if isinstance(e, ValueError):
+        return str(e).split(";")[0]
+    lines = str(e).splitlines() or [type(e).__name__]
+    return f"failed: {lines[0][:120]}"
 
 
 # %% ../nbs/12_bench.ipynb #2ede293c
@@ -346,29 +342,20 @@ def error_of(
     worst = 0.0
     r = torch.tensor(rates, dtype=torch.float64, device=a[0].device)
     for h in range(case.heads):
-        want = las_dense(
-            *(t[:, h : h + 1].double() for t in a), r[h : h + 1], case.window, case.pool
-        )
-        worst = max(
-            worst,
-            (
-                (got[:, h : h + 1] - want).norm(dim=-1).max()
-                / a[2][:, h].double().norm(dim=-1).max()
-            ).item(),
-        )
+        q, k, v = (t[:, h : h + 1].double() for t in a)
+        want = las_dense(q, k, v, r[h : h + 1], case.window, case.pool)
+        error = (got[:, h : h + 1] - want).norm(dim=-1).max()
+        worst = max(worst, (error / v.norm(dim=-1).max()).item())
     return worst
 
 
 # %% ../nbs/12_bench.ipynb #1f49b1f2
 def resident(peak: bool = False) -> int:
     "Bytes of memory that this process holds, or has held at most."
+    entry = "VmHWM" if peak else "VmRSS"
     try:
-        return 1024 * int(
-            re.search(
-                r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)",
-                Path("/proc/self/status").read_text(),
-            )[1]
-        )
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(rf"{entry}:\s+(\d+)", status)[1])
     except OSError:
         import psutil
 
@@ -396,6 +383,7 @@ def probe_memory(name: str, case: dict[str, Any]) -> int:
     return peak_of(lambda: call(WAYS[name], case, *make_inputs(case)), case.device)
 
 
+# %% ../nbs/12_bench.ipynb #27f0d305
 def answer(function: str, args: tuple[Any, ...], queue: Any) -> None:
     "Put what a function says, or why it says nothing, into a queue."
     module, name = function.split(":")
@@ -430,64 +418,6 @@ def peak_memory(
 
 
 # %% ../nbs/12_bench.ipynb #9dbef063
-# name -> length, batch on a GPU, batch on a CPU, arguments of LaSTransformer
-MODELS = {
-    "smnist": (
-        784,
-        64,
-        8,
-        dict(dim=128, depth=4, n_heads=4, norm="batch", max_rate=0.1),
-    ),
-    "16k": (16_384, 8, 1, dict(dim=128, depth=2, n_heads=8, max_rate=0.5)),
-}
-
-
-def model_speed(
-    name: str,  # of `MODELS`
-    device: str = "cpu",
-    rounds: int = 3,
-    # method -> tokens per second (median), low, high, ratio (to plain)
-) -> dict[str, dict[str, float]]:
-    "Training speed of a whole model, with plain attention and with LaS."
-    L, gpu, cpu, options = MODELS[name]
-    batch = gpu if device == "cuda" else cpu
-    kinds = {
-        "plain": dict(max_rate=0.0, window=1),
-        "auto": {},
-        "dense": dict(method="dense"),
-    }
-    if L > 2048:
-        kinds.pop("dense")  # the matrices of all heads at once do not fit
-    x = torch.randn(batch, L, 1, device=device)
-    y = torch.zeros(batch, dtype=torch.long, device=device)
-    times, steps = {}, {}
-    for kind, changes in kinds.items():
-        torch.manual_seed(0)
-        model = LaSTransformer(
-            10,
-            in_features=1,
-            **options | dict(tol=1e-2 if device == "cuda" else 1e-3) | changes,
-        ).to(device)
-        steps[kind] = training_step(model, torch.optim.AdamW(model.parameters()), x, y)
-        times[kind] = []
-        steps[kind]()
-    for _ in range(rounds):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[kind].append(time.perf_counter() - start)
-    speed = {kind: [batch * L / t for t in ts] for kind, ts in times.items()}
-    return {
-        kind: dict(
-            tokens_per_s=statistics.median(s),
-            low=min(s),
-            high=max(s),
-            ratio=statistics.median(s) / statistics.median(speed["plain"]),
-        )
-        for kind, s in speed.items()
-    }
-
-
 def training_step(
     model: torch.nn.Module,  # takes inputs and lengths, gives logits
     optimizer: torch.optim.Optimizer,
@@ -508,6 +438,60 @@ def training_step(
     return step
 
 
+def _in_turn(
+    steps: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+    "Seconds of every step, round after round; the first round is left out."
+    times = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+# %% ../nbs/12_bench.ipynb #c4afdc35
+_DIGITS = dict(dim=128, depth=4, n_heads=4, norm="batch", max_rate=0.1)
+_LONG = dict(dim=128, depth=2, n_heads=8, max_rate=0.5)
+# name -> length, batch on a GPU, batch on a CPU, arguments of LaSTransformer
+MODELS = {"smnist": (784, 64, 8, _DIGITS), "16k": (16_384, 8, 1, _LONG)}
+
+
+def model_speed(
+    name: str,  # of `MODELS`
+    device: str = "cpu",
+    rounds: int = 3,
+    # method -> tokens per second (median), low, high, ratio (to plain)
+) -> dict[str, dict[str, float]]:
+    "Training speed of a whole model, with plain attention and with LaS."
+    L, gpu, cpu, options = MODELS[name]
+    batch = gpu if device == "cuda" else cpu
+    tol = 1e-2 if device == "cuda" else 1e-3
+    kinds = {"plain": dict(max_rate=0.0, window=1), "auto": {}}
+    if L <= 2048:  # else the matrices of all heads at once do not fit
+        kinds["dense"] = dict(method="dense")
+    x = torch.randn(batch, L, 1, device=device)
+    y = torch.zeros(batch, dtype=torch.long, device=device)
+    steps = {}
+    for kind, changes in kinds.items():
+        torch.manual_seed(0)
+        every = options | dict(tol=tol) | changes
+        model = LaSTransformer(10, in_features=1, **every).to(device)
+        steps[kind] = training_step(model, torch.optim.AdamW(model.parameters()), x, y)
+    times = _in_turn(steps, rounds)
+    speed = {kind: [batch * L / t for t in ts] for kind, ts in times.items()}
+    return {
+        kind: dict(
+            tokens_per_s=statistics.median(s),
+            low=min(s),
+            high=max(s),
+            ratio=statistics.median(s) / statistics.median(speed["plain"]),
+        )
+        for kind, s in speed.items()
+    }
+
+
 # %% ../nbs/12_bench.ipynb #3330dae1
 def speed_table(
     record: dict[str, Any],  # as las_bench writes it
@@ -520,69 +504,58 @@ def speed_table(
         "|---:|---:|---|---:|---:|---:|---:|",
     ]
     for c in record["cases"]:
+        case = f"| {c['L']:,} | {c['max_rate']} |"
         for name, w in c["ways"].items():
+            seconds = f"{w['seconds']:.3g} ({w['low']:.3g} to {w['high']:.3g})"
             memory = f"{w['memory'] / 2**20:,.0f}" if w.get("memory") else "-"
             error = f"{w['error']:.0e}" if w.get("error") is not None else "-"
             rows.append(
-                f"| {c['L']:,} | {c['max_rate']} | {name} | {w['seconds']:.3g} "
-                f"({w['low']:.3g} to {w['high']:.3g}) | {w['ratio']:.2f} | {memory} | "
-                f"{error} |"
+                f"{case} {name} | {seconds} | {w['ratio']:.2f} | {memory} | {error} |"
             )
         for name, why in c["skipped"].items():
-            rows.append(f"| {c['L']:,} | {c['max_rate']} | {name} | {why} | | | |")
+            rows.append(f"{case} {name} | {why} | | | |")
     return "\n".join(rows)
 
 
 # %% ../nbs/12_bench.ipynb #a49eae7d
+_COLORS = {
+    "plain": "#00204d",
+    "auto": "#b58900",
+    "linear": "#2e7d6b",
+    "sdpa": "#8a5fa8",
+    "flex": "#c4622d",
+    "alibi": "#999999",
+    "dense": "#7c7b78",
+}
+
+
 def plot_speed(
     record: dict[str, Any],  # as las_bench writes it
     path: str | Path | None = None,  # where the PNG goes; None = nowhere
 ) -> None:
     "Seconds against length, one panel per rate, both axes logarithmic."
-    import io, matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt
 
     rates = list(dict.fromkeys(c["max_rate"] for c in record["cases"]))
-    fig, axs = plt.subplots(
-        1,
-        len(rates),
-        figsize=(4 * len(rates), 3.4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    colors = dict(
-        zip(
-            WAYS,
-            (
-                "#00204d",
-                "#b58900",
-                "#2e7d6b",
-                "#8a5fa8",
-                "#c4622d",
-                "#999999",
-                "#7c7b78",
-            ),
-        )
-    )
+    size = 4 * len(rates), 3.4
+    panels = dict(sharey=True, squeeze=False, layout="constrained")
+    fig, axs = plt.subplots(1, len(rates), figsize=size, **panels)
     for ax, rate in zip(axs[0], rates):
-        for name in WAYS:
-            points = [
-                (c["L"], c["ways"][name]["seconds"])
-                for c in record["cases"]
-                if c["max_rate"] == rate and name in c["ways"]
-            ]
-            if points:
+        cases = [c for c in record["cases"] if c["max_rate"] == rate]
+        for name, color in _COLORS.items():
+            mine = [c for c in cases if name in c["ways"]]
+            if mine:
                 ax.loglog(
-                    *zip(*points),
+                    [c["L"] for c in mine],
+                    [c["ways"][name]["seconds"] for c in mine],
                     "o-",
-                    color=colors[name],
+                    color=color,
                     label=name,
                     lw=2.5 if name in ("plain", "auto") else 1,
                 )
         ax.set(title=f"max_rate {rate}", xlabel="length L")
-    axs[0, 0].set_ylabel(
-        f"seconds, forward{' and backward' if record['backward'] else ''}"
-    )
+    what = "forward and backward" if record["backward"] else "forward"
+    axs[0, 0].set_ylabel(f"seconds, {what}")
     axs[0, -1].legend(bbox_to_anchor=(1, 1), loc="upper left")
     if path:
         image = io.BytesIO()
@@ -595,20 +568,18 @@ def plot_speed(
 def numbers(name: str, text: object, kind: type[Any]) -> list[Any]:
     """The values of an option such as `1024,4096`; raises `ValueError` for text that is
     none."""
+    what = "whole numbers > 0" if kind is int else "numbers >= 0"
     try:
         found = [kind(t) for t in str(text).split(",")]
     except ValueError:
         found = []
-    if not found or not all(
-        0 <= n < math.inf and (n > 0 or kind is float) for n in found
-    ):
-        raise ValueError(
-            f"--{name} takes {'whole numbers > 0' if kind is int else 'numbers >= 0'}, "
-            f"with commas between; got {text!r}"
-        )
+    lowest = 1 if kind is int else 0
+    if not found or not all(lowest <= n < math.inf for n in found):
+        raise ValueError(f"--{name} takes {what}, with commas between; got {text!r}")
     return found
 
 
+# %% ../nbs/12_bench.ipynb #0b6c038c
 def read_cases(
     device: str,  # cpu or cuda
     dtype: str,  # float32, bfloat16 or float16
@@ -626,6 +597,32 @@ def read_cases(
 ) -> list[Case]:
     """The cases that the options ask for; raises `ValueError` for values that are not
     allowed."""
+    _check_kind(device, dtype, pool)
+    if tol is None:
+        tol = 1e-3 if dtype == "float32" else 1e-2
+    if not 0 <= tol < 1:
+        raise ValueError(f"--tol must lie between 0 and 1; got {tol}")
+    sizes = dict(heads=heads, width=width, window=window)
+    if batch is not None:
+        sizes["batch"] = batch
+    for name, n in sizes.items():
+        numbers(name, n, int)
+    if trained:
+        heads, width = _heads_of(trained)
+    rest = window, pool, tol, backward, score_scale, device, dtype, trained
+
+    def case(L, rate):
+        by_device = max(1, 131_072 // L) if device == "cuda" else 1
+        return Case(L, rate, heads, width, batch or by_device, *rest)
+
+    rates = numbers("max_rate", max_rate, float)
+    steps = numbers("lengths", lengths, int)
+    return [case(L, rate) for rate in rates for L in steps]
+
+
+# %% ../nbs/12_bench.ipynb #67258127
+def _check_kind(device: str, dtype: str, pool: str) -> None:
+    "Refuse what is not known, or not here."
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device is cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -634,45 +631,36 @@ def read_cases(
         raise ValueError(f"--dtype is float32, bfloat16 or float16; got {dtype!r}")
     if pool not in POOLS:
         raise ValueError(f"--pool is scores or weights; got {pool!r}")
-    if tol is None:
-        tol = 1e-3 if dtype == "float32" else 1e-2
-    if not 0 <= tol < 1:
-        raise ValueError(f"--tol must lie between 0 and 1; got {tol}")
-    for name, n in dict(
-        heads=heads, width=width, window=window, batch=1 if batch is None else batch
-    ).items():
-        numbers(name, n, int)
-    if trained:
-        config = LaSTransformer.from_pretrained(trained).config
-        if config["in_features"] != 1:
-            raise ValueError(
-                f"--trained needs a model that reads one value per step; {trained} "
-                "does not"
-            )
-        heads, width = config["n_heads"], config["dim"] // config["n_heads"]
-    sizes = lambda L: batch or (max(1, 131_072 // L) if device == "cuda" else 1)
-    return [
-        Case(
-            L,
-            rate,
-            heads,
-            width,
-            sizes(L),
-            window,
-            pool,
-            tol,
-            backward,
-            score_scale,
-            device,
-            dtype,
-            trained,
+
+
+def _heads_of(trained: str) -> tuple[int, int]:
+    "Number and width of the heads of a trained model."
+    config = LaSTransformer.from_pretrained(trained).config
+    if config["in_features"] != 1:
+        raise ValueError(
+            f"--trained needs a model that reads one value per step; {trained} does not"
         )
-        for rate in numbers("max_rate", max_rate, float)
-        for L in numbers("lengths", lengths, int)
-    ]
+    return config["n_heads"], config["dim"] // config["n_heads"]
 
 
 # %% ../nbs/12_bench.ipynb #4a00acfa
+def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
+    "Everything about one case, for the results file."
+    found, skipped = compare_ways(case, ways, rounds)
+    for name, result in found.items():
+        fits = name != "dense" or case.L <= 4096
+        result["error"] = error_of(name, case)
+        result["memory"] = peak_memory(name, case) if fits else None
+    a, rates = make_inputs(case)
+    groups, _ = plan_call(a[0], a[1], rates, "auto", case.tol, None)
+    return case._asdict() | dict(
+        ways=found,
+        skipped=skipped,
+        plan=[dict(method=g.method, heads=g.heads, band=g.band) for g in groups],
+    )
+
+
+# %% ../nbs/12_bench.ipynb #ca287a4d
 @call_parse
 def bench_main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",  # cpu or cuda
@@ -699,96 +687,73 @@ def bench_main(
     out: str = "nbs/results" if Path("nbs/results").is_dir() else ".",
 ) -> None:
     "Time, memory and error of LaS, by every method, beside torch's plain attention."
+    shape = heads, width, batch, max_rate, window, pool
     try:
         for way in ways.split(","):
             if way not in WAYS:
                 raise ValueError(f"--ways knows {', '.join(WAYS)}; got {way!r}")
         numbers("rounds", rounds, int)
         cases = read_cases(
-            device,
-            dtype,
-            lengths,
-            heads,
-            width,
-            batch,
-            max_rate,
-            window,
-            pool,
-            tol,
-            backward,
-            score_scale,
-            trained,
+            device, dtype, lengths, *shape, tol, backward, score_scale, trained
         )
     except (ValueError, FileNotFoundError) as e:
         refuse(e)
-    record = dict(
-        name=name or f"bench-{device}",
+    record = _new_record(name or f"bench-{device}", device, backward)
+    path = Path(out) / f"{record['name']}.json"
+    try:
+        _save(record, path)
+        _measure_all(record, path, cases, ways.split(","), rounds)
+        if models:
+            _measure_models(record, path, device)
+        record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        _save(record, path)
+        plot_speed(record, Path(out) / f"{record['name']}.png")
+    except OSError as e:
+        refuse(f"{e.strerror or e}: {e.filename or ''}")
+    except KeyboardInterrupt:
+        refuse(f"stopped; the cases that were done are in {path}")
+
+
+# %% ../nbs/12_bench.ipynb #df4c4755
+def _new_record(name: str, device: str, backward: bool) -> dict[str, Any]:
+    "What is known before the first case."
+    threads = torch.get_num_threads()
+    gpu = device == "cuda"
+    return dict(
+        name=name,
         command=" ".join(["las_bench", *sys.argv[1:]]),
         commit=commit_id(),
         torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"CPU, {torch.get_num_threads()} cores",
+        threads=threads,
+        device=torch.cuda.get_device_name() if gpu else f"CPU, {threads} cores",
         backward=backward,
         finished=None,
         cases=[],
         models={},
     )
 
-    def save():
-        replace_file(
-            Path(out) / f"{record['name']}.json", json.dumps(record, indent=1).encode()
-        )
 
-    try:
-        save()
-        for case in cases:
-            record["cases"].append(measure(case, ways.split(","), rounds))
-            save()
-            print(
-                "\n".join(
-                    speed_table(record | dict(cases=record["cases"][-1:])).splitlines()[
-                        0 if len(record["cases"]) == 1 else 2 :
-                    ]
-                ),
-                flush=True,
-            )
-        for model in MODELS if models else ():
-            record["models"][model] = model_speed(model, device)
-            save()
-            print(
-                model,
-                {
-                    kind: f"{s['tokens_per_s']:,.0f} tokens/s"
-                    for kind, s in record["models"][model].items()
-                },
-                flush=True,
-            )
-        record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        save()
-        plot_speed(record, Path(out) / f"{record['name']}.png")
-    except OSError as e:
-        refuse(f"{e.strerror or e}: {e.filename or ''}")
-    except KeyboardInterrupt:
-        refuse(
-            "stopped; the cases that were done are in "
-            f"{Path(out) / record['name']}.json"
-        )
+def _save(record: dict[str, Any], path: Path) -> None:
+    replace_file(path, json.dumps(record, indent=1).encode())
 
 
-def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
-    "Everything about one case, for the results file."
-    found, skipped = compare_ways(case, ways, rounds)
-    for name, result in found.items():
-        result["error"] = error_of(name, case)
-        result["memory"] = (
-            peak_memory(name, case) if name != "dense" or case.L <= 4096 else None
-        )
-    a, rates = make_inputs(case)
-    groups, _ = plan_call(a[0], a[1], rates, "auto", case.tol, None)
-    return case._asdict() | dict(
-        ways=found,
-        skipped=skipped,
-        plan=[dict(method=g.method, heads=g.heads, band=g.band) for g in groups],
-    )
+def _measure_all(
+    record: dict[str, Any], path: Path, cases: list[Case], ways: list[str], rounds: int
+) -> None:
+    "Every case; the head of the table stands above the first one."
+    for case in cases:
+        found = measure(case, ways, rounds)
+        record["cases"].append(found)
+        _save(record, path)
+        lines = speed_table(record | dict(cases=[found])).splitlines()
+        head = 0 if len(record["cases"]) == 1 else 2
+        print("\n".join(lines[head:]), flush=True)
+
+
+def _measure_models(record: dict[str, Any], path: Path, device: str) -> None:
+    "Training speed of all `MODELS`."
+    for model in MODELS:
+        found = record["models"][model] = model_speed(model, device)
+        _save(record, path)
+        speeds = {k: f"{s['tokens_per_s']:,.0f} tokens/s" for k, s in found.items()}
+        print(model, speeds, flush=True)

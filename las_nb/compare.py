@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = [
     "FAMILIES",
-    "read_grid",
     "parse_toml",
     "spread",
     "arguments",
+    "read_grid",
     "count",
     "equalised",
     "one_batch",
     "step_on",
     "probe_step",
-    "measure_cost",
     "parts",
+    "measure_cost",
     "paired_difference",
     "summarise",
     "load_cells",
@@ -32,7 +32,7 @@ import importlib, io, itertools, json, math, os, re, statistics, time, torch
 from pathlib import Path
 from typing import Any, Callable
 from fastcore.script import call_parse
-from .bench import apart, peak_of, training_step
+from .bench import _in_turn, apart, peak_of, training_step
 from .data import Batch, batches, every_task, load_task, reading_order
 from .digits import commit_id
 from .las import check_choice
@@ -41,50 +41,6 @@ from .train import Recipe, build, guarded, options_of, preset, work_off
 
 
 # %% ../nbs/17_compare.ipynb #64ab9c29
-def read_grid(
-    path: str | Path,  # a TOML file
-    # "grid/task-label-seed" -> arguments of preset, seeds outermost
-) -> dict[str, dict[str, Any]]:
-    """The cells of a grid, with equal numbers of parameters.
-
-    Raises `ValueError` for a file that cannot be read or asks for what does not exist."""
-    grid = parse_toml(path)
-    for name in grid:
-        check_choice(
-            "entry",
-            name,
-            ("imports", "seeds", "reference", "tolerance", "cost", "tasks", "mixers"),
-        )
-    for name in grid.get("imports", []):  # layers from elsewhere register themselves
-        try:
-            importlib.import_module(name)
-        except ImportError as e:
-            raise ValueError(f"{path} imports {name}: {e}") from None
-    variants = {
-        label: own
-        for name, table in grid["mixers"].items()
-        for label, own in spread(name, table)
-    }
-    check_choice("reference", reference := grid["reference"], tuple(variants))
-    cells = {}
-    for task, common in grid.get("tasks", {}).items():
-        check_choice("task", task, tuple(every_task()))
-        wanted = common.pop("mixers", list(variants))
-        for label in wanted:
-            check_choice("mixers", label, tuple(variants))
-        runs = {label: arguments(task, common | variants[label]) for label in wanted}
-        target = count(arguments(task, common | variants[reference]))
-        for label, args in runs.items():
-            cells[task, label] = equalised(args, target, grid.get("tolerance", 0.03))
-    if not cells:
-        raise ValueError(f"{path} names no tasks: write [tasks.digits], for example")
-    return {
-        f"{Path(path).stem}/{task}-{label}-{seed}": args | dict(seed=seed)
-        for seed in grid.get("seeds", [0])
-        for (task, label), args in cells.items()
-    }
-
-
 def parse_toml(path: str | Path) -> dict[str, Any]:
     """What a TOML file says, with LaS as the only layer and the first one as reference
     where it is silent; raises `ValueError` when it cannot be read."""
@@ -93,39 +49,34 @@ def parse_toml(path: str | Path) -> dict[str, Any]:
     except ImportError:
         import tomli as tomllib  # Python 3.10
     try:
-        grid = dict(mixers={"las": {}}) | tomllib.loads(
-            Path(path).read_text(encoding="utf-8")
-        )
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"cannot read the grid {path}: {e.strerror}") from None
     except ValueError as e:
         raise ValueError(f"{path} is no TOML: {e}") from None
-    for name, kind, words in (
-        ("imports", list, "a list"),
-        ("seeds", list, "a list of whole numbers"),
-        ("cost", bool, "true or false"),
-        ("tasks", dict, "tables"),
-        ("mixers", dict, "tables"),
-    ):
-        entries = grid.get(name, kind())
-        if (
-            not isinstance(entries, kind)
-            or kind is dict
-            and not all(isinstance(t, dict) for t in entries.values())
-        ):
-            raise ValueError(f"{path}: {name} must be {words}; got {entries!r}")
+    grid = dict(mixers={"las": {}}) | found
+    for name, (kind, words) in _KINDS.items():
+        if not _fits(grid.get(name, kind()), kind):
+            raise ValueError(f"{path}: {name} must be {words}; got {grid[name]!r}")
     if not grid["mixers"]:
         raise ValueError(f"{path} has an empty table of mixers")
-    return (
-        dict(
-            reference=next(
-                label
-                for name, table in grid["mixers"].items()
-                for label, _ in spread(name, table)
-            )
-        )
-        | grid
-    )
+    return dict(reference=next(iter(_variants(grid["mixers"])))) | grid
+
+
+_KINDS = {
+    "imports": (list, "a list"),
+    "seeds": (list, "a list of whole numbers"),
+    "cost": (bool, "true or false"),
+    "tasks": (dict, "tables"),
+    "mixers": (dict, "tables"),
+}
+
+
+def _fits(entry: Any, kind: type) -> bool:
+    "Whether an entry is of its kind; a table is a table of tables."
+    if kind is dict and isinstance(entry, dict):
+        return all(isinstance(table, dict) for table in entry.values())
+    return isinstance(entry, kind)
 
 
 # %% ../nbs/17_compare.ipynb #5f048264
@@ -142,17 +93,71 @@ def spread(
     ]
 
 
+def _variants(mixers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    "Label -> option -> value, for the variants of all tables."
+    return dict(pair for name, table in mixers.items() for pair in spread(name, table))
+
+
+# %% ../nbs/17_compare.ipynb #3b045a90
 def arguments(task: str, table: dict[str, Any]) -> dict[str, Any]:  # of preset
     "What a cell says, sorted into fields of the recipe and options of its mixer."
-    fields = options_of(Recipe)
     table = {k: None if v == "none" else v for k, v in table.items()}
-    args = dict(task=task, model=table.pop("mixer")) | {
-        k: table.pop(k) for k in list(table) if k in fields and k != "mixer_options"
-    }
+    args = dict(task=task, model=table.pop("mixer"))
+    for name in options_of(Recipe):
+        if name in table and name != "mixer_options":
+            args[name] = table.pop(name)
     if table:
         args["mixer_options"] = ",".join(f"{k}={v}" for k, v in table.items())
     preset(**args)  # refuses what is wrong
     return args
+
+
+# %% ../nbs/17_compare.ipynb #d774a7e3
+_ENTRIES = ("imports", "seeds", "reference", "tolerance", "cost", "tasks", "mixers")
+
+
+def read_grid(
+    path: str | Path,  # a TOML file
+    # "grid/task-label-seed" -> arguments of preset, seeds outermost
+) -> dict[str, dict[str, Any]]:
+    """The cells of a grid, with equal numbers of parameters.
+
+    Raises `ValueError` for a file that cannot be read or asks for what does not
+    exist."""
+    grid = parse_toml(path)
+    for name in grid:
+        check_choice("entry", name, _ENTRIES)
+    for name in grid.get("imports", []):  # layers from elsewhere register themselves
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise ValueError(f"{path} imports {name}: {e}") from None
+    cells = _cells_of(grid)
+    if not cells:
+        raise ValueError(f"{path} names no tasks: write [tasks.digits], for example")
+    return {
+        f"{Path(path).stem}/{task}-{label}-{seed}": args | dict(seed=seed)
+        for seed in grid.get("seeds", [0])
+        for (task, label), args in cells.items()
+    }
+
+
+def _cells_of(grid: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    "(Task, label) -> arguments of preset, as large as the reference on that task."
+    variants = _variants(grid["mixers"])
+    reference = grid["reference"]
+    check_choice("reference", reference, tuple(variants))
+    cells = {}
+    for task, common in grid.get("tasks", {}).items():
+        check_choice("task", task, tuple(every_task()))
+        wanted = common.pop("mixers", list(variants))
+        for label in wanted:
+            check_choice("mixers", label, tuple(variants))
+        runs = {label: arguments(task, common | variants[label]) for label in wanted}
+        target = count(arguments(task, common | variants[reference]))
+        for label, args in runs.items():
+            cells[task, label] = equalised(args, target, grid.get("tolerance", 0.03))
+    return cells
 
 
 # %% ../nbs/17_compare.ipynb #0ae8068d
@@ -190,35 +195,20 @@ def equalised(
 def one_batch(args: dict[str, Any], root: str | None, device: str) -> Batch:
     "The first batch of a cell's data, cut to a thousand sequences."
     recipe = preset(**args)
-    data = load_task(
-        recipe.task,
-        root,
-        device,
-        recipe.limit or 1000,
-        recipe.sample,
-        length=recipe.length,
-    )["train"]
-    return next(
-        iter(
-            batches(
-                data,
-                recipe.batch_size,
-                reading_order(data, recipe.batch_size, recipe.seed, 0),
-            )
-        )
+    limit = recipe.limit or 1000
+    splits = load_task(
+        recipe.task, root, device, limit, recipe.sample, length=recipe.length
     )
+    data = splits["train"]
+    order = reading_order(data, recipe.batch_size, recipe.seed, 0)
+    return next(iter(batches(data, recipe.batch_size, order)))
 
 
 def step_on(args: dict[str, Any], batch: Batch) -> Callable[[], float]:
     "A function that trains the model of a cell on a batch."
     model = build(preset(**args)).to(batch.labels.device)
-    return training_step(
-        model,
-        torch.optim.AdamW(model.parameters(), lr=1e-4),
-        batch.inputs,
-        batch.labels,
-        batch.lengths,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return training_step(model, optimizer, batch.inputs, batch.labels, batch.lengths)
 
 
 def probe_step(args: dict[str, Any], root: str | None, device: str) -> int:  # bytes
@@ -228,6 +218,13 @@ def probe_step(args: dict[str, Any], root: str | None, device: str) -> int:  # b
     return peak_of(step_on(args, batch), device)
 
 
+def parts(name: str) -> tuple[str, str, int]:  # task, label, seed
+    "What the name of a cell says."
+    task, label, seed = re.fullmatch(r"(?:.*/)?(\w+?)-(.+)-(\d+)", name).groups()
+    return task, label, int(seed)
+
+
+# %% ../nbs/17_compare.ipynb #57ab3649
 def measure_cost(
     cells: dict[str, dict[str, Any]],  # as from read_grid
     root: str | None = None,  # folder of data files
@@ -238,52 +235,55 @@ def measure_cost(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Time of a training step, all models of a task in turn; memory of one in a process
     of its own."""
-    device, found = "cuda" if torch.cuda.is_available() and not cpu else "cpu", {}
-    for task in dict.fromkeys(parts(name)[0] for name in cells):
-        mine = {
-            parts(name)[1]: args
-            for name, args in cells.items()
-            if parts(name)[0] == task
-        }
-        # layers mostly share their batch
-        known, times, found[task] = {}, {label: [] for label in mine}, {}
+    device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+    tasks = {}
+    for name, args in cells.items():
+        task, label, _ = parts(name)
+        tasks.setdefault(task, {})[label] = args
+    return {
+        task: _cost_on_task(runs, root, device, rounds) for task, runs in tasks.items()
+    }
 
-        def batch_of(args):
-            key = tuple(
-                getattr(preset(**args), f)
-                for f in ("limit", "sample", "batch_size", "seed")
-            )
-            if key not in known:
-                known[key] = one_batch(args, root, device)
-            return known[key]
 
-        steps = {label: step_on(args, batch_of(args)) for label, args in mine.items()}
-        for _ in range(rounds + 1):
-            for label, step in steps.items():
-                start = time.perf_counter()
-                step()
-                times[label].append(time.perf_counter() - start)
-        for label, args in mine.items():
-            batch, t = batch_of(args), times[label][1:]
-            tokens = (
-                batch.inputs.shape[1] * len(batch.labels)
-                if batch.lengths is None
-                else int(batch.lengths.sum())
-            )
-            found[task][label] = dict(
-                seconds=statistics.median(t),
-                low=min(t),
-                high=max(t),
-                tokens_per_s=tokens / statistics.median(t),
-                memory=apart("las_nb.compare:probe_step", mine[label], root, device),
-            )
+def _cost_on_task(
+    runs: dict[str, dict[str, Any]], root: str | None, device: str, rounds: int
+) -> dict[str, dict[str, Any]]:
+    "Label -> what a step of its model costs."
+    batch = _shared_batches(runs, root, device)
+    steps = {label: step_on(args, batch[label]) for label, args in runs.items()}
+    found = {}
+    for label, seconds in _in_turn(steps, rounds).items():
+        median = statistics.median(seconds)
+        found[label] = dict(
+            seconds=median,
+            low=min(seconds),
+            high=max(seconds),
+            tokens_per_s=_tokens(batch[label]) / median,
+            memory=apart("las_nb.compare:probe_step", runs[label], root, device),
+        )
     return found
 
 
-def parts(name: str) -> tuple[str, str, int]:  # task, label, seed
-    "What the name of a cell says."
-    task, label, seed = re.fullmatch(r"(?:.*/)?(\w+?)-(.+)-(\d+)", name).groups()
-    return task, label, int(seed)
+# %% ../nbs/17_compare.ipynb #088930fb
+def _shared_batches(
+    runs: dict[str, dict[str, Any]], root: str | None, device: str
+) -> dict[str, Batch]:
+    "Label -> batch; layers mostly share one."
+    known, batch = {}, {}
+    for label, args in runs.items():
+        recipe = preset(**args)
+        key = recipe.limit, recipe.sample, recipe.batch_size, recipe.seed
+        if key not in known:
+            known[key] = one_batch(args, root, device)
+        batch[label] = known[key]
+    return batch
+
+
+def _tokens(batch: Batch) -> int:
+    "Real tokens of a batch, padding left out."
+    if batch.lengths is None:
+        return batch.inputs.shape[1] * len(batch.labels)
+    return int(batch.lengths.sum())
 
 
 # %% ../nbs/17_compare.ipynb #723532d4
@@ -300,10 +300,10 @@ def paired_difference(
         raise ValueError("there is no seed in common")
     if len(d) == 1:
         return d[0], -math.inf, math.inf
-    from scipy.stats import t
+    from scipy.stats import ttest_1samp
 
-    half = t.ppf((1 + level) / 2, len(d) - 1) * statistics.stdev(d) / len(d) ** 0.5
-    return statistics.mean(d), statistics.mean(d) - half, statistics.mean(d) + half
+    low, high = ttest_1samp(d, 0).confidence_interval(level)
+    return statistics.mean(d), float(low), float(high)
 
 
 # %% ../nbs/17_compare.ipynb #b5f969c9
@@ -316,30 +316,47 @@ def summarise(
     # tokens per second; best first
 ) -> list[dict[str, Any]]:
     "One row per layer."
-    scores, params, speed = {}, {}, {}
+    runs = {}  # label -> seed -> record
     for name, r in records.items():
         where, label, seed = parts(name)
         if where == task:
-            scores.setdefault(label, {})[seed] = r["test"]
-            params[label] = r["params"]
-            speed.setdefault(label, []).append(r["tokens_per_s"])
+            runs.setdefault(label, {})[seed] = r
+    scores = {
+        label: {seed: r["test"] for seed, r in mine.items()}
+        for label, mine in runs.items()
+    }
     rows = [
         dict(
             label=label,
             scores=s,
             mean=statistics.mean(s.values()),
-            error=statistics.stdev(s.values()) / len(s) ** 0.5 if len(s) > 1 else None,
-            difference=paired_difference(s, scores[reference])
-            if reference in scores and s.keys() & scores[reference].keys()
-            else None,
-            params=params[label],
-            tokens_per_s=statistics.mean(speed[label]),
+            error=_standard_error([*s.values()]),
+            difference=_difference(s, scores.get(reference, {})),
+            params=[r["params"] for r in runs[label].values()][-1],
+            tokens_per_s=statistics.mean(
+                r["tokens_per_s"] for r in runs[label].values()
+            ),
         )
         for label, s in scores.items()
     ]
     return sorted(rows, key=lambda row: -row["mean"])
 
 
+def _standard_error(scores: list[float]) -> float | None:
+    "Of the mean; nothing where a single seed cannot tell."
+    if len(scores) < 2:
+        return None
+    return statistics.stdev(scores) / len(scores) ** 0.5
+
+
+def _difference(
+    a: dict[int, float], b: dict[int, float]
+) -> tuple[float, float, float] | None:
+    "As `paired_difference`; nothing where no seed is in common."
+    return paired_difference(a, b) if a.keys() & b.keys() else None
+
+
+# %% ../nbs/17_compare.ipynb #3b478875
 def load_cells(
     cells: dict[str, dict[str, Any]],  # as from read_grid
     results: str | Path,  # folder of results files
@@ -375,23 +392,26 @@ def compare_table(
     ]
     for r in rows:
         c = cost.get(r["label"], {})
-        gap = (
-            "-"
-            if r["label"] == reference or r["difference"] is None
-            else (
-                "{:+.1f} ({:+.1f} to {:+.1f})"
-                if math.isfinite(r["difference"][1])
-                else "{:+.1f} (one seed)"
-            ).format(*r["difference"])
-        )
+        error = "" if r["error"] is None else f" ± {r['error']:.1f}"
+        gap = _in_words(r["difference"]) if r["label"] != reference else "-"
+        seconds = f"{c['seconds'] / base:.2f}" if c and base else "-"
+        speed = c.get("tokens_per_s", r["tokens_per_s"])
+        memory = f"{c['memory'] / 2**20:.0f}" if c.get("memory") else "-"
         text.append(
-            f"| {r['label']} | "
-            f"{r['mean']:.1f}{'' if r['error'] is None else ' ± {:.1f}'.format(r['error'])} | {gap} | {r['params']:,} | "
-            f"{'{:.2f}'.format(c['seconds'] / base) if c and base else '-'} | "
-            f"{c.get('tokens_per_s', r['tokens_per_s']):,.0f} | "
-            f"{'{:.0f}'.format(c['memory'] / 2**20) if c.get('memory') else '-'} |"
+            f"| {r['label']} | {r['mean']:.1f}{error} | {gap} | {r['params']:,} | "
+            f"{seconds} | {speed:,.0f} | {memory} |"
         )
     return "\n".join(text)
+
+
+def _in_words(difference: tuple[float, float, float] | None) -> str:
+    "A difference and its interval, as far as there is one."
+    if difference is None:
+        return "-"
+    mean, low, high = difference
+    if math.isinf(low):
+        return f"{mean:+.1f} (one seed)"
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 # %% ../nbs/17_compare.ipynb #acb9e551
@@ -405,16 +425,18 @@ FAMILIES = {
 
 def family(label: str) -> str:
     "Which kind of layer a label names; a layer from elsewhere is of none."
-    return next(
-        (
-            f
-            for f, names in FAMILIES.items()
-            if any(label == n or label.startswith(n + "-") for n in names)
-        ),
-        "other",
-    )
+    for kind, names in FAMILIES.items():
+        if any(f"{label}-".startswith(f"{name}-") for name in names):
+            return kind
+    return "other"
 
 
+def _color(label: str) -> str:
+    "One color for every family."
+    return f"C{[*FAMILIES, 'other'].index(family(label))}"
+
+
+# %% ../nbs/17_compare.ipynb #81fca82f
 def plot_tradeoff(
     rows: list[dict[str, Any]],  # as from summarise
     cost: dict[str, dict[str, Any]],  # label -> as from measure_cost
@@ -424,61 +446,64 @@ def plot_tradeoff(
     floors: dict[str, float] | None = None,
 ) -> None:
     "Accuracy against the time of a training step, a name and a line for every layer."
-    kinds = [*FAMILIES, "other"]
     rows = [r for r in rows if r["label"] in cost]
     xs = [cost[r["label"]]["seconds"] / cost[reference]["seconds"] for r in rows]
     low, high = min(r["mean"] for r in rows), max(r["mean"] for r in rows)
     room = max(high - low, 1.0)
-    # for names, top to bottom
-    slots = [
-        high + 0.03 * room - i * 1.06 * room / max(1, len(rows) - 1)
-        for i in range(len(rows))
-    ]
-    edge = max(xs) * (max(xs) / min(xs)) ** 0.12
-    for r, x, y in zip(rows, xs, slots):
-        color = f"C{kinds.index(family(r['label']))}"
-        ax.errorbar(
-            x,
-            r["mean"],
-            r["error"] or 0,
-            fmt="o",
-            color=color,
-            ms=8 if r["label"] == reference else 6,
-            mec="black" if r["label"] == reference else color,
-            capsize=2,
-        )
-        ax.plot([x, edge], [r["mean"], y], color=color, lw=0.5, alpha=0.5)
-        ax.text(
-            edge * 1.01,
-            y,
-            f"{r['label']} {r['mean']:.1f}",
-            color=color,
-            va="center",
-            fontsize=9,
-            fontweight="bold" if r["label"] == reference else None,
-        )
+    edge = max(xs) * (max(xs) / min(xs)) ** 0.12  # names stand to the right of it
+    step = 1.06 * room / max(1, len(rows) - 1)  # from one name down to the next
+    for i, (r, x) in enumerate(zip(rows, xs)):
+        place = edge, high + 0.03 * room - i * step
+        _plot_layer(r, x, place, ax, bold=r["label"] == reference)
     for name, percent in (floors or {}).items():
         if percent > low - room:
             ax.axhline(percent, color="gray", ls=":")
             ax.text(min(xs), percent, f" {name}", color="gray", va="bottom", fontsize=8)
-    for i, kind in enumerate(kinds):
-        if any(family(r["label"]) == kind for r in rows):
+    present = {family(r["label"]) for r in rows}
+    for i, kind in enumerate([*FAMILIES, "other"]):
+        if kind in present:
             ax.plot([], [], "o", color=f"C{i}", label=kind)
     ax.set(
         xscale="log",
         xlabel=f"time of a training step, relative to {reference} (log scale)",
         ylabel="test accuracy (%), mean and standard error",
     )
-    ticks = [
-        t
-        for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
-        if min(xs) * 0.85 <= t <= max(xs) * 1.15
-    ]
+    all_ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
+    ticks = [t for t in all_ticks if min(xs) * 0.85 <= t <= max(xs) * 1.15]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
     ax.set_xlim(min(xs) * 0.9, edge * (edge / min(xs)) ** 0.5)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+# %% ../nbs/17_compare.ipynb #982077e4
+def _plot_layer(
+    row: dict[str, Any], x: float, place: tuple[float, float], ax: Any, bold: bool
+) -> None:
+    "The mean and error of a layer, and its name at the end of a thin line."
+    color = _color(row["label"])
+    ax.errorbar(
+        x,
+        row["mean"],
+        row["error"] or 0,
+        fmt="o",
+        color=color,
+        ms=8 if bold else 6,
+        mec="black" if bold else color,
+        capsize=2,
+    )
+    edge, y = place
+    ax.plot([x, edge], [row["mean"], y], color=color, lw=0.5, alpha=0.5)
+    ax.text(
+        edge * 1.01,
+        y,
+        f"{row['label']} {row['mean']:.1f}",
+        color=color,
+        va="center",
+        fontsize=9,
+        fontweight="bold" if bold else None,
+    )
 
 
 # %% ../nbs/17_compare.ipynb #7759e1a2
@@ -489,22 +514,20 @@ def plot_differences(
 ) -> None:
     """Paired differences to the reference: a dot per seed, a bar for the confidence
     interval."""
-    rows = [r for r in rows if r["label"] != reference and r["difference"]][::-1]
+    others = [r for r in rows if r["label"] != reference]
+    rows = [r for r in reversed(others) if r["difference"]]
     for i, r in enumerate(rows):
         mean, low, high = r["difference"]
-        color = f"C{[*FAMILIES, 'other'].index(family(r['label']))}"
+        color = _color(r["label"])
         if low > -math.inf:
-            ax.plot(
-                [low, high], [i, i], color=color, lw=3, alpha=0.3, solid_capstyle="butt"
-            )
+            interval = dict(lw=3, alpha=0.3, solid_capstyle="butt")
+            ax.plot([low, high], [i, i], color=color, **interval)
         ax.plot(mean, i, "o", color=color)
     ax.axvline(0, color="black", lw=1)
     ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
     ax.grid(alpha=0.3, axis="x")
-    ax.set(
-        xlabel=f"test accuracy minus that of {reference} (points), mean and 95 % "
-        "interval"
-    )
+    what = f"test accuracy minus that of {reference} (points)"
+    ax.set(xlabel=f"{what}, mean and 95 % interval")
 
 
 # %% ../nbs/17_compare.ipynb #3c011f81
@@ -526,61 +549,66 @@ def compare_main(
     "Train every layer of a grid on every task of it, and compare accuracy and cost."
     guarded(lambda: check_choice("action", action, ("run", "list", "show")), "")
     cells, table = guarded(lambda: (read_grid(grid), parse_toml(grid)), "")
-    reference = table["reference"]
     if action != "show":
         work_off(
             cells, action, minutes, only, out, results, root, cpu, compile, weights
         )
     if action == "list":
         return
+    folder = Path(results) / Path(grid).stem
 
     def show():
-        records, folder = load_cells(cells, results), Path(results) / Path(grid).stem
-        if (
-            action == "run"
-            and table.get("cost", True)
-            and len(records) == len(cells)
-            and not (folder / "cost.json").exists()
-        ):
-            print("all cells are finished; measuring what a step costs", flush=True)
-            facts = dict(
-                command=f"las_compare {grid}",
-                commit=commit_id(),
-                device=torch.cuda.get_device_name()
-                if torch.cuda.is_available() and not cpu
-                else "cpu",
-                cores=os.cpu_count(),
-                threads=torch.get_num_threads(),
-                torch=torch.__version__,
-                finished=time.strftime("%Y-%m-%d"),
-            )
-            replace_file(
-                folder / "cost.json",
-                json.dumps(
-                    facts | dict(tasks=measure_cost(cells, root, cpu)), indent=1
-                ).encode(),
-            )
-        cost = (
-            json.loads((folder / "cost.json").read_text())["tasks"]
-            if (folder / "cost.json").exists()
-            else {}
-        )
-        for task in dict.fromkeys(parts(name)[0] for name in records):
-            rows = summarise(records, task, reference)
-            print(f"\n{task}\n\n{compare_table(rows, cost.get(task, {}), reference)}")
-            if cost or not table.get("cost", True):
-                replace_file(
-                    folder / f"{task}.png", draw(rows, cost.get(task), reference)
-                )
-                print(f"\nfigure {folder / task}.png")
+        records = load_cells(cells, results)
+        costly = action == "run" and table.get("cost", True)
+        if costly and len(records) == len(cells):
+            _write_cost(folder / "cost.json", cells, grid, root, cpu)
+        _show(records, table, folder)
 
     guarded(show, "go on with the same command")
 
 
-# a PNG
+# %% ../nbs/17_compare.ipynb #c6c71247
+def _write_cost(
+    path: Path, cells: dict[str, dict[str, Any]], grid: str, root: str | None, cpu: bool
+) -> None:
+    "Measure what a step costs, once, and note where."
+    if path.exists():
+        return
+    print("all cells are finished; measuring what a step costs", flush=True)
+    gpu = torch.cuda.is_available() and not cpu
+    facts = dict(
+        command=f"las_compare {grid}",
+        commit=commit_id(),
+        device=torch.cuda.get_device_name() if gpu else "cpu",
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        finished=time.strftime("%Y-%m-%d"),
+        tasks=measure_cost(cells, root, cpu),
+    )
+    replace_file(path, json.dumps(facts, indent=1).encode())
+
+
+def _show(
+    records: dict[str, dict[str, Any]], table: dict[str, Any], folder: Path
+) -> None:
+    "Print the table of every task, and draw its figure once costs are known."
+    path = folder / "cost.json"
+    cost = json.loads(path.read_text())["tasks"] if path.exists() else {}
+    for task in dict.fromkeys(parts(name)[0] for name in records):
+        reference = table["reference"]
+        rows = summarise(records, task, reference)
+        print(f"\n{task}\n\n{compare_table(rows, cost.get(task, {}), reference)}")
+        if cost or not table.get("cost", True):
+            image = draw(rows, cost.get(task), reference)
+            replace_file(folder / f"{task}.png", image)
+            print(f"\nfigure {folder / task}.png")
+
+
+# %% ../nbs/17_compare.ipynb #f55dfd12
 def draw(
     rows: list[dict[str, Any]], cost: dict[str, dict[str, Any]] | None, reference: str
-) -> bytes:
+) -> bytes:  # a PNG
     "Trade-off, where costs are known, and differences, side by side."
     from matplotlib.figure import Figure
 

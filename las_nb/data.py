@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 # %% ../nbs/09_data.ipynb #30bc25b1
-import array, contextlib, gzip, hashlib, importlib, json, os, shutil, socket, tempfile, torch
+import array, contextlib, gzip, hashlib, importlib, json, os, shutil, socket, tempfile
+import torch
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -87,53 +88,35 @@ def data_root(
 # %% ../nbs/09_data.ipynb #d42925d1
 def cache_folder() -> Path:
     "The user's cache: what is kept here can be made again."
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser()
-        / "las_nb"
-    )
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache).expanduser() / "las_nb"
 
 
 # %% ../nbs/09_data.ipynb #9425cbc8
+# torchvision's own loader unpacks beside the files, which may lie in a folder that is
+# read only, and takes a damaged unpacked file for a whole one
 def mnist_file(
     name: str,  # such as "train-images-idx3-ubyte.gz"
     root: Path,  # as from data_root
 ) -> Path:  # the file, verified
-    """One of MNIST's four files, below `root/MNIST/raw` as torchvision lays them out; downloaded if it is missing.
+    """One of MNIST's four files, below `root/MNIST/raw` as torchvision lays them out;
+    downloaded if it is missing.
 
     Raises `DataError` when it cannot be had or its MD5 is wrong."""
     from torchvision.datasets import MNIST
-    from torchvision.datasets.utils import check_integrity, download_url
+    from torchvision.datasets.utils import check_integrity
 
     md5, path = dict(MNIST.resources)[name], Path(root) / "MNIST" / "raw" / name
     if not path.exists():
-        problem, patience = None, socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds; a mirror that hangs is a dead one
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-                for mirror in MNIST.mirrors:
-                    try:
-                        # raises RuntimeError for a wrong MD5
-                        download_url(mirror + name, aside, name, md5)
-                        os.replace(Path(aside) / name, path)
-                        break
-                    except (OSError, RuntimeError) as e:
-                        problem = e
-        except OSError as e:
-            problem = e
-        finally:
-            socket.setdefaulttimeout(patience)
-        if not path.exists():
-            why = str(
-                getattr(problem, "reason", None)
-                or getattr(problem, "strerror", None)
-                or problem
-            ).splitlines()[0]
+            _download(name, md5, path)
+        except (OSError, RuntimeError) as e:
+            why = getattr(e, "reason", None) or getattr(e, "strerror", None) or e
             raise DataError(
-                f"cannot get {name} into {path.parent} ({why}); put MNIST's four .gz "
-                "files there or name a folder that has MNIST/raw with --root or "
-                "LAS_NB_DATA"
-            )
+                f"cannot get {name} into {path.parent} ({str(why).splitlines()[0]}); "
+                "put MNIST's four .gz files there or name a folder that has MNIST/raw "
+                "with --root or LAS_NB_DATA"
+            ) from None
     if not check_integrity(str(path), md5):
         raise DataError(
             f"{path} is damaged (its MD5 is not {md5}); delete it and it will be "
@@ -142,16 +125,37 @@ def mnist_file(
     return path
 
 
+def _download(name: str, md5: str, path: Path) -> None:
+    "Get a file from the first mirror that has it; raises the last mirror's error."
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import download_url
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    problem, patience = None, socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; a mirror that hangs is a dead one
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+            for mirror in MNIST.mirrors:
+                try:
+                    download_url(mirror + name, aside, name, md5)
+                    os.replace(Path(aside) / name, path)
+                    return
+                except (OSError, RuntimeError) as e:  # RuntimeError: a wrong MD5
+                    problem = e
+    finally:
+        socket.setdefaulttimeout(patience)
+    raise problem
+
+
 # %% ../nbs/09_data.ipynb #f609f83a
 def read_idx(
     path: Path,  # gzipped idx file of bytes
 ) -> torch.Tensor:  # uint8, with the shape the header gives
     "An idx file, the format of MNIST."
-    raw = gzip.decompress(Path(path).read_bytes())
+    raw = bytearray(gzip.decompress(Path(path).read_bytes()))
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
-    return torch.frombuffer(
-        bytearray(raw), dtype=torch.uint8, offset=4 + 4 * raw[3]
-    ).view(shape)
+    header = 4 + 4 * len(shape)
+    return torch.frombuffer(raw, dtype=torch.uint8, offset=header).view(shape)
 
 
 # %% ../nbs/09_data.ipynb #2a3e89d1
@@ -185,13 +189,10 @@ def mnist(
     "Sequential or permuted MNIST."
 
     def read(part):
-        images, labels = (
-            read_idx(mnist_file(f"{part}-{kind}-ubyte.gz", root))
-            for kind in ("images-idx3", "labels-idx1")
-        )
-        x = (
-            images.flatten(1).float() / 255 - 0.1307
-        ) / 0.3081  # (N, 28, 28) -> (N, 784)
+        images = read_idx(mnist_file(f"{part}-images-idx3-ubyte.gz", root))
+        labels = read_idx(mnist_file(f"{part}-labels-idx1-ubyte.gz", root))
+        x = images.flatten(1).float()  # (N, 28, 28) -> (N, 784)
+        x = (x / 255 - 0.1307) / 0.3081
         if permuted:
             x = x[:, shuffled(784)]
         return Batch(x[..., None], None, labels.long())
@@ -231,25 +232,15 @@ class Task(NamedTuple):
     presets: dict[str, dict[str, Any]] = {}
 
 
+# %% ../nbs/09_data.ipynb #07b14ce1
 # about five hours of one core for all of MNIST
 CPU = dict(dim=64, batch_size=32, lr=3e-3, epochs=6)
+_PIXELS = dict(n_classes=10, in_features=1, max_len=784, presets=dict(cpu=CPU))
 
 TASKS = {
     "digits": Task(lambda root, **_: small_digits(), 10, in_features=1, max_len=64),
-    "smnist": Task(
-        lambda root, **_: mnist(root),
-        10,
-        in_features=1,
-        max_len=784,
-        presets=dict(cpu=CPU),
-    ),
-    "pmnist": Task(
-        lambda root, **_: mnist(root, permuted=True),
-        10,
-        in_features=1,
-        max_len=784,
-        presets=dict(cpu=CPU),
-    ),
+    "smnist": Task(lambda root, **_: mnist(root), **_PIXELS),
+    "pmnist": Task(lambda root, **_: mnist(root, permuted=True), **_PIXELS),
 }
 
 
@@ -276,24 +267,21 @@ def load_task(
 ) -> dict[str, Any]:  # "train", "valid", "test": each a Batch, or Sequences
     """The three splits of a task, on the device that trains.
 
-    Raises `ValueError` for an unknown name and `DataError` when files are missing or damaged."""
+    Raises `ValueError` for an unknown name and `DataError` when files are missing or
+    damaged."""
     check_choice("task", name, tuple(every_task()))
-    if sample and TASKS[name].make is None:
+    task = TASKS[name]
+    if sample and task.make is None:
         raise ValueError(f"there is no sample of {name}: its data are small already")
-    if length is not None and not TASKS[name].any_length:
+    if length is not None and not task.any_length:
         raise ValueError(f"{name} has sequences of its own length: leave length out")
-    splits = TASKS[name].load(
-        data_root(root),
-        limit=limit,
-        sample=sample,
-        seed=seed,
-        **({} if length is None else dict(length=length)),
-    )
+    options = dict(limit=limit, sample=sample, seed=seed)
+    if length is not None:
+        options["length"] = length
+    splits = task.load(data_root(root), **options)
     if limit is not None:
-        splits = {
-            part: b.first(max(1, limit // 9) if part == "valid" else limit)
-            for part, b in splits.items()
-        }
+        most = dict(train=limit, valid=max(1, limit // 9), test=limit)
+        splits = {part: b.first(most[part]) for part, b in splits.items()}
     return {part: b.to(device) for part, b in splits.items()}
 
 
@@ -350,47 +338,46 @@ class Sequences:
     def rows(self, i: torch.Tensor | slice) -> Batch:
         """The sequences `i` (an index tensor or a slice), padded to the longest of
         them, rounded up to a multiple of 64."""
-        i = torch.arange(len(self.labels))[
-            i.cpu() if isinstance(i, torch.Tensor) else i
-        ]
-        # (b * towers,)
-        at = (i[:, None] * self.towers + torch.arange(self.towers)).flatten()
-        length, device = self.starts[at + 1] - self.starts[at], self.values.device
-        L = int(length.max()) if len(at) else 1
-        even = bool((length == L).all()) and self.towers == 1
-        small = torch.cat([self.starts[at], length, i])
-        # one copy, which nobody waits for
-        if device.type == "cuda":
-            small = small.pin_memory().to(device, non_blocking=True)
-        begin, length, i = small.to(device).split([len(at), len(at), len(i)])
-        steps = torch.arange(L if even else -(-L // 64) * 64, device=device)  # (L,)
-        # (b * towers, L)
-        x = self.values[(begin[:, None] + steps).clamp_(max=len(self.values) - 1)]
-        if not even:
-            x = x.masked_fill(steps >= length[:, None], 0)
-        # (b * towers, L, 1)
-        if self.scale:
-            x = ((x / 255 - self.scale[0]) / self.scale[1])[..., None]
-        # (b, towers, L), (b, towers)
-        if self.towers > 1:
-            x, length = x.unflatten(0, (-1, self.towers)), length.view(-1, self.towers)
-        return Batch(x, None if even else length, self.labels[i])
+        return _cut_out(self, i)
 
     def first(self, n: int) -> "Sequences":
         "The first `n` sequences."
         starts = self.starts[: n * self.towers + 1]
-        return replace(
-            self,
-            values=self.values[: starts[-1]],
-            starts=starts,
-            labels=self.labels[:n],
-        )
+        values, labels = self.values[: starts[-1]], self.labels[:n]
+        return replace(self, values=values, starts=starts, labels=labels)
 
     def to(self, device: torch.device | str) -> "Sequences":
         "The same with values and labels on another device."
-        return replace(
-            self, values=self.values.to(device), labels=self.labels.to(device)
-        )
+        values, labels = self.values.to(device), self.labels.to(device)
+        return replace(self, values=values, labels=labels)
+
+
+# %% ../nbs/09_data.ipynb #134e8668
+def _cut_out(split: Sequences, i: torch.Tensor | slice) -> Batch:
+    "The sequences `i`, padded; see `Sequences.rows`."
+    n, towers, device = len(split.labels), split.towers, split.values.device
+    i = torch.arange(n)[i.cpu() if isinstance(i, torch.Tensor) else i]  # (b,)
+    at = (i[:, None] * towers + torch.arange(towers)).flatten()  # (b * towers,)
+    length = split.starts[at + 1] - split.starts[at]
+    L = int(length.max()) if len(at) else 1
+    even = bool((length == L).all()) and towers == 1
+    small = torch.cat([split.starts[at], length, i])
+    if device.type == "cuda":
+        # one copy, which nobody waits for
+        small = small.pin_memory().to(device, non_blocking=True)
+    begin, length, i = small.to(device).split([len(at), len(at), len(i)])
+    steps = torch.arange(L if even else -(-L // 64) * 64, device=device)  # (L,)
+    where = (begin[:, None] + steps).clamp_(max=len(split.values) - 1)
+    x = split.values[where]  # (b * towers, L)
+    if not even:
+        x = x.masked_fill(steps >= length[:, None], 0)
+    if split.scale:
+        mean, deviation = split.scale
+        x = ((x / 255 - mean) / deviation)[..., None]  # (b * towers, L, 1)
+    if towers > 1:
+        x = x.unflatten(0, (-1, towers))  # (b, towers, L)
+        length = length.view(-1, towers)  # (b, towers)
+    return Batch(x, None if even else length, split.labels[i])
 
 
 # %% ../nbs/09_data.ipynb #d6fdbada
@@ -436,11 +423,9 @@ def encoded(
     the cache not be written, and what `parts` raises."""
     from filelock import FileLock
 
-    folder = (
-        cache_folder()
-        / "encoded"
-        / hashlib.sha256(str(Path(files[0]).resolve()).encode()).hexdigest()[:16]
-    )
+    place = _hash(str(Path(files[0]).resolve()))[:16]
+    folder = cache_folder() / "encoded" / place
+    mark = _mark(files)
 
     def read_all():
         try:
@@ -448,56 +433,62 @@ def encoded(
         except OSError as e:
             raise DataError(f"cannot read {e.filename} ({e.strerror or e})") from None
 
-    # 1: this format
-    try:
-        mark = hashlib.sha256(
-            repr(
-                (1, [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files])
-            ).encode()
-        ).hexdigest()
-    except OSError as e:
-        raise DataError(f"cannot read {e.filename} ({e.strerror})") from None
-
-    def known():  # what is kept, if it is of these files and whole
-        try:
-            facts = json.loads((folder / "facts.json").read_text())
-        except (OSError, ValueError):
-            return None
-        sizes = {
-            f.name: f.stat().st_size for f in folder.iterdir() if f.name != "facts.json"
-        }
-        return facts if facts.get("mark") == mark and facts["sizes"] == sizes else None
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not known():
+            if not _known(folder, mark):
                 write_encoded(folder, read_all, dict(mark=mark))
-            facts = known()
-
-            def read(name, dtype):
-                return torch.from_file(
-                    str(folder / name),
-                    size=facts["sizes"][name] // dtype.itemsize,
-                    dtype=dtype,
-                )
-
-            return {
-                part: Sequences(
-                    read(f"{part}.values", torch.uint8),
-                    read(f"{part}.starts", torch.int64),
-                    read(f"{part}.labels", torch.uint8).long(),
-                    facts["towers"],
-                    scale,
-                    source,
-                )
-                for part in ("train", "valid", "test")
-            }
+            return _mapped(folder, _known(folder, mark), source, scale)
     except OSError as e:
         raise DataError(
             f"cannot keep encoded data in {folder} ({e.strerror or e}); name another "
             "cache with XDG_CACHE_HOME"
         ) from None
+
+
+# %% ../nbs/09_data.ipynb #65458a25
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _mark(files: list[Path]) -> str:
+    "A mark of the format and of the files: names, sizes and dates."
+    try:
+        stats = [(str(f), f.stat()) for f in files]
+    except OSError as e:
+        raise DataError(f"cannot read {e.filename} ({e.strerror})") from None
+    facts = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    return _hash(repr((1, facts)))  # 1: this format
+
+
+def _known(folder: Path, mark: str) -> dict[str, Any] | None:
+    "The facts about what is kept, if it is of these files and whole."
+    path = folder / "facts.json"
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f != path}
+    whole = facts.get("mark") == mark and facts["sizes"] == sizes
+    return facts if whole else None
+
+
+def _mapped(
+    folder: Path, facts: dict[str, Any], source: str, scale: tuple[float, float] | None
+) -> dict[str, Sequences]:
+    "All parts, mapped into memory."
+
+    def read(name, dtype):
+        size = facts["sizes"][name] // dtype.itemsize
+        return torch.from_file(str(folder / name), size=size, dtype=dtype)
+
+    found = {}
+    for part in ("train", "valid", "test"):
+        values = read(f"{part}.values", torch.uint8)
+        starts = read(f"{part}.starts", torch.int64)
+        labels = read(f"{part}.labels", torch.uint8).long()
+        found[part] = Sequences(values, starts, labels, facts["towers"], scale, source)
+    return found
 
 
 # %% ../nbs/09_data.ipynb #2db5be41
@@ -508,45 +499,45 @@ def write_encoded(
 ) -> None:
     """Write sequences aside as they come, then put the folder in its place; raises
     `DataError` when a split has none."""
-    aside, out, starts, labels, towers = folder.with_suffix(".aside"), {}, {}, {}, 1
+    aside = folder.with_suffix(".aside")
     # what was left by a process that was killed
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        with contextlib.ExitStack() as open_files:
-            for part in ("train", "valid", "test"):
-                out[part] = open_files.enter_context(
-                    open(aside / f"{part}.values", "wb")
-                )
-                starts[part] = array.array("q", [0])
-                labels[part] = array.array("B")
-            for part, label, *sequences in parts():
-                for s in sequences:
-                    out[part].write(s)
-                    starts[part].append(starts[part][-1] + len(s))
-                labels[part].append(label)
-                towers = len(sequences)
-        for part in out:
-            if not labels[part]:
-                raise DataError(
-                    f"these data are too few: nothing is left for {part}; take more of "
-                    "them"
-                )
-            (aside / f"{part}.starts").write_bytes(starts[part].tobytes())
-            (aside / f"{part}.labels").write_bytes(labels[part].tobytes())
-        (aside / "facts.json").write_text(
-            json.dumps(
-                facts
-                | dict(
-                    sizes={f.name: f.stat().st_size for f in aside.iterdir()},
-                    towers=towers,
-                )
-            )
-        )
+        towers = _write_parts(aside, parts)
+        sizes = {f.name: f.stat().st_size for f in aside.iterdir()}
+        text = json.dumps(facts | dict(sizes=sizes, towers=towers))
+        (aside / "facts.json").write_text(text)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_parts(
+    aside: Path, parts: Callable[[], Iterator[tuple[Any, ...]]]
+) -> int:  # sequences per label
+    "Write values, starts and labels of every part."
+    out, starts, labels, towers = {}, {}, {}, 1
+    with contextlib.ExitStack() as stack:
+        for part in ("train", "valid", "test"):
+            out[part] = stack.enter_context(open(aside / f"{part}.values", "wb"))
+            starts[part] = array.array("q", [0])
+            labels[part] = array.array("B")
+        for part, label, *sequences in parts():
+            for s in sequences:
+                out[part].write(s)
+                starts[part].append(starts[part][-1] + len(s))
+            labels[part].append(label)
+            towers = len(sequences)
+    for part in out:
+        if not labels[part]:
+            raise DataError(
+                f"these data are too few: nothing is left for {part}; take more of them"
+            )
+        (aside / f"{part}.starts").write_bytes(starts[part].tobytes())
+        (aside / f"{part}.labels").write_bytes(labels[part].tobytes())
+    return towers
 
 
 # %% ../nbs/09_data.ipynb #68a3e200
@@ -561,26 +552,16 @@ def trivial(
     training."""
 
     def looked(split):
-        return (
-            torch.zeros(len(split.labels), dtype=torch.long)
-            if reader is None
-            else reader(split)
-        )
+        if reader is None:
+            return torch.zeros(len(split.labels), dtype=torch.long)
+        return reader(split)
 
-    counts = torch.zeros(int(looked(train).max()) + 1, int(train.labels.max()) + 1)
-    counts.index_put_(
-        (looked(train), train.labels.cpu()),
-        torch.ones(len(train.labels)),
-        accumulate=True,
-    )
+    seen, labels = looked(train), train.labels.cpu()
+    counts = torch.zeros(int(seen.max()) + 1, int(labels.max()) + 1)
+    counts.index_put_((seen, labels), torch.ones(len(labels)), accumulate=True)
     best = counts.argmax(1)  # most frequent label for each thing seen
-    return (
-        100
-        * (best[looked(test).clamp(max=len(best) - 1)] == test.labels.cpu())
-        .float()
-        .mean()
-        .item()
-    )
+    guess = best[looked(test).clamp(max=len(best) - 1)]
+    return 100 * (guess == test.labels.cpu()).float().mean().item()
 
 
 # %% ../nbs/09_data.ipynb #8a9de909
@@ -596,28 +577,26 @@ def describe(
         "checksum |",
         "|---|---:|---|---:|---|---|",
     ]
+    source = ""
     for part, b in load_task(name, root, **options).items():
         count, digest = b.labels.bincount(), hashlib.sha256()
         if isinstance(b, Batch):
             shape = tuple(b.inputs.shape[1:])
             content = [(b.inputs * 1000).round().to(torch.int32)]
         else:
-            lengths = b.lengths()
-            shape = (
-                f"{lengths.min():,} to {lengths.max():,}, mean "
-                f"{lengths.float().mean():,.0f}" + " (pairs)" * (b.towers == 2)
-            )
-            content = [*b.values.split(1 << 24), lengths]
+            n = b.lengths()
+            pairs = " (pairs)" if b.towers == 2 else ""
+            shape = f"{n.min():,} to {n.max():,}, mean {n.float().mean():,.0f}{pairs}"
+            content = [*b.values.split(1 << 24), n]
+            source = f"\n\nSource: {b.source}"
         for t in (*content, b.labels.to(torch.uint8)):
             digest.update(t.numpy().tobytes())
+        low, high = 100 * count.min() / count.sum(), 100 * count.max() / count.sum()
         rows.append(
-            f"| {part} | {len(b.labels):,} | {shape} | {len(count)} | "
-            f"{100 * count.min() / len(b.labels):.1f} to "
-            f"{100 * count.max() / len(b.labels):.1f} % | {digest.hexdigest()[:8]} |"
+            f"| {part} | {count.sum():,} | {shape} | {len(count)} | "
+            f"{low:.1f} to {high:.1f} % | {digest.hexdigest()[:8]} |"
         )
-    return "\n".join(rows) + (
-        f"\n\nSource: {b.source}" if isinstance(b, Sequences) else ""
-    )
+    return "\n".join(rows) + source
 
 
 # %% ../nbs/09_data.ipynb #8e766c79
@@ -637,25 +616,21 @@ def data_main(
     "Get, or generate, and check the data of a task, and say what they are."
     try:
         check_choice("task", task, tuple(every_task()))
-        for name, value, low in (
-            ("size", size, 10),
-            ("seed", seed, 0),
-            ("jobs", jobs, 1),
-        ):
+        lowest = dict(size=(size, 10), seed=(seed, 0), jobs=(jobs, 1))
+        for name, (value, low) in lowest.items():
             if value is not None and value < low:
                 raise ValueError(f"--{name} must be at least {low}; got {value}")
+        options = dict(size=size, seed=seed, sample=sample)
         made = TASKS[task].make
-        if (size is not None or sample or seed) and not made:
+        if made:
+            made(data_root(root), jobs=jobs, **options)
+        elif options != dict(size=None, seed=0, sample=False):
             raise ValueError(
                 f"{task} is neither generated nor sampled: leave --size, --seed and "
                 "--sample out"
             )
-        if made:
-            made(data_root(root), size=size, seed=seed, jobs=jobs, sample=sample)
-        print(
-            f"{task}, files below "
-            f"{data_root(root)}\n\n{describe(task, root, limit=size, sample=sample, seed=seed)}"
-        )
+        facts = describe(task, root, limit=size, sample=sample, seed=seed)
+        print(f"{task}, files below {data_root(root)}\n\n{facts}")
     except (ValueError, DataError) as e:
         refuse(e)
     except ImportError as e:

@@ -25,7 +25,8 @@ __all__ = [
 ]
 
 # %% ../nbs/08_digits.ipynb #a34fad97
-import contextlib, functools, importlib.util, io, json, math, multiprocessing, os, signal, subprocess, sys, threading, time
+import contextlib, functools, importlib.util, io, json, math, multiprocessing, os
+import signal, subprocess, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -38,27 +39,26 @@ from .model import LaSTransformer, count_parameters, replace_file
 
 
 # %% ../nbs/08_digits.ipynb #37bc2a34
-# `x_train` (1347, 64, 1), `y_train` (1347,), `x_test` (450, 64, 1), `y_test` (450,)
 def digits_data() -> dict[str, torch.Tensor]:
     """Scikit-learn's 8x8 digits as sequences of 64 grey values, standardised; a fixed,
-    stratified split."""
+    stratified split: `x_train` (1347, 64, 1), `y_train` (1347,), `x_test` (450, 64, 1)
+    and `y_test` (450,)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
     # x_train, x_test, y_train, y_test
     parts = train_test_split(x, y, test_size=450, stratify=y, random_state=0)
-    # (N, 64) -> (N, 64, 1)
-    x_train, x_test = (
+    x = [
         torch.tensor(p, dtype=torch.float32)[..., None] for p in parts[:2]
-    )
-    y_train, y_test = (torch.tensor(p) for p in parts[2:])
-    mean, std = x_train.mean(), x_train.std()
+    ]  # (N, 64, 1)
+    y = [torch.tensor(p) for p in parts[2:]]  # (N,)
+    mean, std = x[0].mean(), x[0].std()
     return dict(
-        x_train=(x_train - mean) / std,
-        y_train=y_train,
-        x_test=(x_test - mean) / std,
-        y_test=y_test,
+        x_train=(x[0] - mean) / std,
+        y_train=y[0],
+        x_test=(x[1] - mean) / std,
+        y_test=y[1],
     )
 
 
@@ -94,7 +94,8 @@ def fit(
 ) -> dict[str, list[float]]:
     """AdamW, one-cycle schedule, clipping, cross-entropy: the loop of the digits
     chapter."""
-    steps = epochs * math.ceil(len(data["x_train"]) / batch_size)
+    x, y = data["x_train"], data["y_train"]
+    steps = epochs * math.ceil(len(x) / batch_size)
     own = bar is None
     if own:
         from tqdm import tqdm
@@ -110,10 +111,8 @@ def fit(
     for epoch in range(epochs):
         model.train()
         total = 0.0
-        for i in torch.randperm(len(data["x_train"]), generator=order).split(
-            batch_size
-        ):
-            loss = F.cross_entropy(model(data["x_train"][i]), data["y_train"][i])
+        for i in torch.randperm(len(x), generator=order).split(batch_size):
+            loss = F.cross_entropy(model(x[i]), y[i])
             opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,11 +120,10 @@ def fit(
             schedule.step()
             bar.update(1)
             total += loss.item() * len(i)
-        history["loss"].append(total / len(data["x_train"]))
-        history["test"].append(accuracy(model, data["x_test"], data["y_test"]))
-        bar.set_postfix(
-            loss=f"{history['loss'][-1]:.2f}", test=f"{history['test'][-1]:.1f}%"
-        )
+        loss, test = total / len(x), accuracy(model, data["x_test"], data["y_test"])
+        history["loss"].append(loss)
+        history["test"].append(test)
+        bar.set_postfix(loss=f"{loss:.2f}", test=f"{test:.1f}%")
     if own:
         bar.close()
     return history
@@ -144,7 +142,8 @@ def make_model(
     name: str,  # a key of `MODELS`
     seed: int = 0,  # of the initial weights
 ) -> LaSTransformer:  # 4 blocks of width 48 with 4 heads
-    """One of the four models of the comparison; the same seed gives all four the same initial weights.
+    """One of the four models of the comparison; the same seed gives all four the same
+    initial weights.
 
     Raises `ValueError` for another name."""
     check_choice("name", name, tuple(MODELS))
@@ -179,15 +178,17 @@ class RemoteBar:
 def deaf_children() -> Iterator[None]:
     """Processes that are started meanwhile ignore Ctrl-C: it is for this one, which
     ends them."""
-    # others may not say what a signal does
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    if threading.current_thread() is not threading.main_thread():
+        yield  # others may not say what a signal does
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        main and signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
+# %% ../nbs/08_digits.ipynb #deb91d98
 def run(
     name: str, seed: int, epochs: int, out: str | Path, bar: Any = None
 ) -> dict[str, Any]:
@@ -226,81 +227,93 @@ def compare(
 ) -> list[dict[str, Any]]:  # one record per run
     """Train the four models of `MODELS`, `jobs` at a time, with a progress bar each.
 
-    Workers start by importing the calling script again: there, call it under `if __name__ == "__main__":`."""
-    from tqdm import tqdm
-
+    Workers start by importing the calling script again: there, call it under
+    `if __name__ == "__main__":`."""
     keys = [(name, seed) for seed in seeds for name in MODELS]
-    ctx = multiprocessing.get_context("spawn")
-    bars = {}
+    steps = epochs * math.ceil(len(digits_data()["x_train"]) / 32)
+    # more than four make so small a model slower
+    threads = min(4, max(1, _cores() // jobs))
+    spawn = multiprocessing.get_context("spawn")
     before = multiprocessing.active_children()
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
-    threads = min(4, max(1, cores // jobs))  # more threads make so small a model slower
-    look = dict(
-        total=epochs * math.ceil(len(digits_data()["x_train"]) / 32),
-        unit="batch",
-        disable=not progress,
-        mininterval=1 if sys.stderr.isatty() else 30,
-    )
     with (
-        ctx.Manager() as manager,
-        ProcessPoolExecutor(jobs, ctx, torch.set_num_threads, (threads,)) as pool,
+        spawn.Manager() as manager,
+        ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool,
     ):
         queue = manager.Queue()
         try:
             with deaf_children():
                 futures = [
-                    pool.submit(run, *k, epochs, str(out), RemoteBar(queue, k))
-                    for k in keys
+                    pool.submit(run, *key, epochs, str(out), RemoteBar(queue, key))
+                    for key in keys
                 ]
-            while not all(f.done() for f in futures) or not queue.empty():
-                for f in futures:
-                    if f.done():
-                        f.result()  # raises what stopped the run
-                if queue.empty():
-                    time.sleep(0.1)
-                    continue
-                key, n, postfix = queue.get()
-                if key not in bars:
-                    bars[key] = tqdm(
-                        desc=f"{key[0]:17s} seed {key[1]}", position=len(bars), **look
-                    )
-                bars[key].update(n) if n else bars[key].set_postfix(**postfix)
+            _draw_bars(queue, futures, steps, progress)
             return [f.result() for f in futures]
-        # a run failed, a worker died, or Ctrl-C: end the others as well
         except BaseException:
+            # a run failed, a worker died, or Ctrl-C: end the others as well
             pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - set(before):
                 child.terminate()
             raise
-        finally:
-            for bar in bars.values():
-                bar.close()
+
+
+def _cores() -> int:
+    "Cores that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# %% ../nbs/08_digits.ipynb #59005d0d
+def _draw_bars(queue: Any, futures: list[Any], steps: int, progress: bool) -> None:
+    "Draw what comes through the queue until all is done; raises what stopped a run."
+    from tqdm import tqdm
+
+    every = 1 if sys.stderr.isatty() else 30  # seconds
+    look = dict(total=steps, unit="batch", disable=not progress, mininterval=every)
+    bars = {}
+    try:
+        while not all(f.done() for f in futures) or not queue.empty():
+            for f in futures:
+                if f.done():
+                    f.result()
+            if queue.empty():
+                time.sleep(0.1)
+                continue
+            key, n, postfix = queue.get()
+            if key not in bars:
+                name, seed = key
+                title = f"{name:17s} seed {seed}"
+                bars[key] = tqdm(desc=title, position=len(bars), **look)
+            if n:
+                bars[key].update(n)
+            else:
+                bars[key].set_postfix(**postfix)
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 # %% ../nbs/08_digits.ipynb #a2b0ccfb
+def _git(*args: str) -> str:
+    "What git says of the folder of this library."
+    return subprocess.run(
+        ["git", "--no-optional-locks", *args],
+        cwd=Path(las_nb.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
 # the code that runs is that of the first call, whatever happens to the files later
 @functools.cache
-# short hash, with "-dirty" when files differ from it; "unknown" outside git
 def commit_id() -> str:
-    "The commit of the code that runs."
-
-    def git(*args):
-        return subprocess.run(
-            ["git", "--no-optional-locks", *args],
-            cwd=Path(las_nb.__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
+    """The commit of the code that runs: a short hash, with "-dirty" when files differ
+    from it; "unknown" outside git."""
     try:
         # an installed copy may lie inside somebody else's repository
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("describe", "--always", "--dirty", "--exclude=*")
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        return _git("describe", "--always", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -312,19 +325,15 @@ def groups(
     # are any
 ) -> dict[str, list[dict[str, Any]]]:
     "Records by model and positions, plain attention first."
+
+    def rank(r):
+        return r["model"] != "plain", r["model"], r["positions"] or "", r["seed"]
+
     found = {}
-    for r in sorted(
-        runs,
-        key=lambda r: (
-            r["model"] != "plain",
-            r["model"],
-            r["positions"] or "",
-            r["seed"],
-        ),
-    ):
-        name = {"las": "LaS"}.get(r["model"], r["model"]) + (
-            " + positions" if r["positions"] else ""
-        )
+    for r in sorted(runs, key=rank):
+        name = "LaS" if r["model"] == "las" else r["model"]
+        if r["positions"]:
+            name += " + positions"
         found.setdefault(name, []).append(r)
     return found
 
@@ -335,12 +344,10 @@ def mean_range(
     digits: int = 1,  # after the point
 ) -> str:  # such as "90.3 (88.2 to 91.8)"
     "The mean, and where there are several values their range."
-    spread = (
-        f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
-        if len(values) > 1
-        else ""
-    )
-    return f"{sum(values) / len(values):.{digits}f}{spread}"
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 # %% ../nbs/08_digits.ipynb #26079df4
@@ -354,11 +361,9 @@ def table(
         "|---|---:|---:|---:|",
     ]
     for name, group in groups(runs).items():
-        rows.append(
-            f"| {name} | {group[0]['params']:,} | "
-            f"{mean_range([r['test'] for r in group])} | "
-            f"{sum(r['seconds'] for r in group) / len(group):.0f} |"
-        )
+        score = mean_range([r["test"] for r in group])
+        seconds = sum(r["seconds"] for r in group) / len(group)
+        rows.append(f"| {name} | {group[0]['params']:,} | {score} | {seconds:.0f} |")
     return "\n".join(rows)
 
 
@@ -449,6 +454,7 @@ def refuse(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+# %% ../nbs/08_digits.ipynb #e25ae7ce
 @call_parse
 def main(
     epochs: int = 30,  # passes over the training set
@@ -467,42 +473,9 @@ def main(
         )
     if epochs < 1 or jobs < 1:
         refuse(f"--epochs and --jobs must be at least 1; got {epochs} and {jobs}")
-    for needed in ("sklearn", "safetensors", "tqdm", "matplotlib"):
-        if not importlib.util.find_spec(needed):
-            refuse(
-                f"{needed} is missing; install the extra: pip install 'las_nb[train]'"
-            )
-    out = Path(out)
+    _check_ready(out)
     try:
-        replace_file(out / ".writable", b"")
-        (out / ".writable").unlink()
-    except OSError as e:
-        refuse(f"cannot write to {out}: {e.strerror}; choose another folder with --out")
-    start, commit = time.perf_counter(), commit_id()
-    try:
-        runs = compare(epochs, numbers, jobs, out)
-        results = dict(
-            name="digits",
-            task="digits",
-            command=f"las_digits --epochs {epochs} --seeds "
-            f"{','.join(map(str, numbers))} --jobs {jobs}",
-            commit=commit,
-            device="cpu",
-            cores=os.cpu_count(),
-            torch=torch.__version__,
-            seconds=round(time.perf_counter() - start, 1),
-            finished=time.strftime("%Y-%m-%d"),
-            runs=runs,
-        )
-        replace_file(out / "digits.json", json.dumps(results, indent=1).encode())
-        first = {
-            r["name"]: LaSTransformer.from_pretrained(out / r["weights"])
-            for r in runs
-            if r["seed"] == numbers[0]
-        }
-        plot_summary(
-            runs, {name: first[name] for name in ("plain", "LaS")}, out / "digits.png"
-        )
+        runs = _compare_and_keep(epochs, numbers, jobs, Path(out))
     except KeyboardInterrupt:
         refuse(f"stopped; weights of the runs that had ended lie in {out}")
     except BrokenProcessPool:
@@ -514,7 +487,53 @@ def main(
             f"{e.strerror or e} while writing to {out}; free some space or choose "
             "another folder with --out"
         )
+    out = Path(out)
     print(
         f"\n{table(runs)}\n\nresults {out / 'digits.json'}\nfigure  "
         f"{out / 'digits.png'}\nweights {out}/*-seed*/"
     )
+
+
+# %% ../nbs/08_digits.ipynb #32a4c59b
+def _check_ready(out: str) -> None:
+    "Find out before the training what would stop it at its end."
+    for needed in ("sklearn", "safetensors", "tqdm", "matplotlib"):
+        if not importlib.util.find_spec(needed):
+            refuse(
+                f"{needed} is missing; install the extra: pip install 'las_nb[train]'"
+            )
+    probe = Path(out) / ".writable"
+    try:
+        replace_file(probe, b"")
+        probe.unlink()
+    except OSError as e:
+        refuse(f"cannot write to {out}: {e.strerror}; choose another folder with --out")
+
+
+def _compare_and_keep(
+    epochs: int, seeds: tuple[int, ...], jobs: int, out: Path
+) -> list[dict[str, Any]]:
+    "Train, and write the results file and the figure."
+    start, commit = time.perf_counter(), commit_id()
+    runs = compare(epochs, seeds, jobs, out)
+    listed = ",".join(map(str, seeds))
+    results = dict(
+        name="digits",
+        task="digits",
+        command=f"las_digits --epochs {epochs} --seeds {listed} --jobs {jobs}",
+        commit=commit,
+        device="cpu",
+        cores=os.cpu_count(),
+        torch=torch.__version__,
+        seconds=round(time.perf_counter() - start, 1),
+        finished=time.strftime("%Y-%m-%d"),
+        runs=runs,
+    )
+    replace_file(out / "digits.json", json.dumps(results, indent=1).encode())
+    weights = {r["name"]: r["weights"] for r in runs if r["seed"] == seeds[0]}
+    models = {
+        name: LaSTransformer.from_pretrained(out / weights[name])
+        for name in ("plain", "LaS")
+    }
+    plot_summary(runs, models, out / "digits.png")
+    return runs

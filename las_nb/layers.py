@@ -63,10 +63,8 @@ def rotate(
     10000^(2 c / D)`."""
     hands = sinusoidal(*x.shape[-2:], x.device)  # (L, D): sine, cosine in turn
     sin, cos, a, b = hands[:, ::2], hands[:, 1::2], x[..., ::2], x[..., 1::2]
-    # (..., L, D / 2, 2) -> (..., L, D)
-    return (
-        torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
-    )
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    return turned.flatten(-2).to(x.dtype)  # (..., L, D / 2, 2) -> (..., L, D)
 
 
 # %% ../nbs/16_layers.ipynb #8bb2fae2
@@ -109,11 +107,9 @@ class Attention(SelfAttention):
     ) -> torch.Tensor | None:
         """Mask `(B, 1, 1, L)` of the keys that are no padding; None where causality
         hides padding from all that counts."""
-        return (
-            None
-            if lengths is None or self.causal
-            else key_mask(lengths, len(k), k.shape[-2], k.device)[:, None, None]
-        )
+        if lengths is None or self.causal:
+            return None
+        return key_mask(lengths, len(k), k.shape[-2], k.device)[:, None, None]
 
 
 # %% ../nbs/16_layers.ipynb #ec55a323
@@ -130,11 +126,8 @@ class ALiBi(Attention):
         causal: bool = True,  # see the past only?
     ):
         super().__init__(dim, n_heads, causal)
-        self.register_buffer(
-            "slopes",
-            2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads),
-            persistent=False,
-        )
+        slopes = 2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads)
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def mix(
         self,
@@ -149,9 +142,9 @@ class ALiBi(Attention):
         bias = -self.slopes.to(q.device)[:, None, None] * distance  # (H, L, L)
         if self.causal:
             bias = bias.masked_fill(i > i[:, None], -torch.inf)
-        # (B, H, L, L)
         elif lengths is not None:
-            bias = torch.where(self.real_keys(k, lengths), bias, -torch.inf)
+            real = self.real_keys(k, lengths)
+            bias = torch.where(real, bias, -torch.inf)  # (B, H, L, L)
         return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
 
 
@@ -189,29 +182,21 @@ class Local(Attention):
         # blocks; neighbours that a block looks at
         n, sides = -(-L // w), 1 if self.causal else 2
         q = F.pad(q, (0, 0, 0, n * w - L)).unflatten(2, (n, w))  # (B, H, n, w, D)
+        end, wide = n * w + (sides - 1) * w, (1 + sides) * w
+        around = (0, 0, w, end - L)
+        k, v = (F.pad(t, around).unfold(2, wide, w).mT for t in (k, v))
         # (B, H, n, 2w or 3w, D)
-        k, v = (
-            F.pad(t, (0, 0, w, n * w - L + (sides - 1) * w))
-            .unfold(2, (1 + sides) * w, w)
-            .mT
-            for t in (k, v)
-        )
         i = torch.arange(n * w, device=q.device).view(n, w, 1)
-        # (n, 1, 2w or 3w)
-        j = torch.arange(-w, n * w + (sides - 1) * w, device=q.device).unfold(
-            0, (1 + sides) * w, w
-        )[:, None]
-        # a padded query sees itself
-        seen = (
-            (i - j < w)
-            & (j >= 0)
-            & ((j <= i) if self.causal else (j - i < w) & ((j < L) | (j == i)))
-        )
-        if lengths is not None and not self.causal:
-            seen = (
-                seen
-                & ((j < lengths.to(q.device).view(-1, 1, 1, 1)) | (j == i))[:, None]
-            )
+        j = torch.arange(-w, end, device=q.device).unfold(0, wide, w)[:, None]
+        seen = (i - j < w) & (j >= 0)  # (n, w, 2w or 3w)
+        if self.causal:
+            seen = seen & (j <= i)
+        else:
+            # a padded query sees itself
+            seen = seen & (j - i < w) & ((j < L) | (j == i))
+            if lengths is not None:
+                real = j < lengths.to(q.device).view(-1, 1, 1, 1)
+                seen = seen & (real | (j == i))[:, None]
         # (B, H, n, w, D) -> (B, H, L, D)
         return F.scaled_dot_product_attention(q, k, v, seen).flatten(2, 3)[:, :, :L]
 
@@ -229,10 +214,9 @@ def linear_attention(
     if not causal:
         o = q @ (k.mT @ v)  # (B, H, L, F) @ (B, H, F, D + 1)
     else:
+        more = (0, 0, 0, -L % block)
+        q, k, v = (F.pad(t, more).unflatten(2, (-1, block)) for t in (q, k, v))
         # (B, H, n, block, ...)
-        q, k, v = (
-            F.pad(t, (0, 0, 0, -L % block)).unflatten(2, (-1, block)) for t in (q, k, v)
-        )
         state = k.mT @ v  # (B, H, n, F, D + 1): of each block
         # of all blocks before it
         before = F.pad(state.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
@@ -263,10 +247,8 @@ class LinearAttention(SelfAttention):
             wide = torch.promote_types(q.dtype, torch.float32)
             fq, fk = self.features(q.to(wide), True), self.features(k.to(wide), False)
             if lengths is not None:
-                fk = (
-                    fk
-                    * key_mask(lengths, len(k), k.shape[-2], k.device)[:, None, :, None]
-                )
+                real = key_mask(lengths, len(k), k.shape[-2], k.device)  # (B, L)
+                fk = fk * real[:, None, :, None]
             return linear_attention(fq, fk, v.to(wide), self.causal).to(v.dtype)
 
 
@@ -301,21 +283,17 @@ class Performer(LinearAttention):
         super().__init__(dim, n_heads, causal)
         if not isinstance(features, int) or features < 1:
             raise ValueError(f"features must be a whole number >= 1; got {features!r}")
-        self.register_buffer(
-            "directions", orthogonal_directions(features, dim // n_heads)
-        )
+        directions = orthogonal_directions(features, dim // n_heads)
+        self.register_buffer("directions", directions)
 
     def features(self, x: torch.Tensor, query: bool) -> torch.Tensor:
         "Positive random features of queries or keys: `(B, H, L, features)`."
         w = self.directions.to(x)
         x = x * x.shape[-1] ** -0.25  # half of the division by sqrt(D)
         e = x @ w.T - x.square().sum(-1, keepdim=True) / 2  # (B, H, L, features)
-        # both constants cancel
-        return (
-            (e - (e.amax(-1, keepdim=True) if query else w.square().sum(-1).max() / 4))
-            .clamp(min=-60)
-            .exp()
-        )
+        # a constant per query, one for all keys: both cancel
+        largest = e.amax(-1, keepdim=True) if query else w.square().sum(-1).max() / 4
+        return (e - largest).clamp(min=-60).exp()
 
 
 # %% ../nbs/16_layers.ipynb #aeabde24
@@ -351,10 +329,8 @@ class Linformer(SelfAttention):
         "Attention to `rank` mixtures of positions: `(B, H, L, D)`."
         E = within(self.project, k.shape[-2])  # (rank, L)
         if lengths is not None:
-            k, v = (
-                t * key_mask(lengths, len(k), k.shape[-2], k.device)[:, None, :, None]
-                for t in (k, v)
-            )
+            real = key_mask(lengths, len(k), k.shape[-2], k.device)[:, None, :, None]
+            k, v = k * real, v * real
         # keys and values (B, H, rank, D)
         return F.scaled_dot_product_attention(q, E @ k, E @ v)
 
@@ -444,11 +420,8 @@ class S4D(LongConv):
         if not isinstance(n_state, int) or n_state < 2 or n_state % 2:
             raise ValueError(f"n_state must be an even number >= 2; got {n_state!r}")
         N = n_state // 2
-        self.log_dt = slow(
-            nn.Parameter(
-                math.log(dt_min) + torch.rand(dim, 1) * math.log(dt_max / dt_min)
-            )
-        )
+        log_dt = math.log(dt_min) + torch.rand(dim, 1) * math.log(dt_max / dt_min)
+        self.log_dt = slow(nn.Parameter(log_dt))
         self.log_decay = slow(nn.Parameter(torch.full((dim, N), math.log(0.5))))
         self.frequency = slow(nn.Parameter((math.pi * torch.arange(N)).repeat(dim, 1)))
         # real and imaginary parts
@@ -464,8 +437,8 @@ class S4D(LongConv):
     def kernel(self, L: int) -> torch.Tensor:
         "The answer to an impulse: `(ways, dim, L)`."
         log_step, c = self.system()
-        # (dim, N, L)
-        powers = torch.exp(log_step[..., None] * torch.arange(L, device=c.device))
+        steps = torch.arange(L, device=c.device)
+        powers = torch.exp(log_step[..., None] * steps)  # (dim, N, L)
         return 2 * torch.einsum("wcn,cnl->wcl", c, powers).real
 
 
@@ -517,14 +490,9 @@ class ImplicitFilter(nn.Module):
 
     def __init__(self, dim: int, max_len: int, width: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                nn.Linear(3, width),
-                nn.Linear(width, width),
-                nn.Linear(width, width),
-                nn.Linear(width, dim, bias=False),
-            ]
-        )
+        widths = (3, width), (width, width), (width, width)
+        self.layers = nn.ModuleList([nn.Linear(*w) for w in widths])
+        self.layers.append(nn.Linear(width, dim, bias=False))
         self.speed = nn.Parameter(torch.ones(width))
         for p in self.parameters():
             slow(p)
@@ -532,12 +500,10 @@ class ImplicitFilter(nn.Module):
         w = 2e-4 * math.pi * torch.arange(max_len)[:, None] / max_len
         # e-folds over the whole length
         rates = -math.log(0.01) * torch.linspace(1 / 1.5, 1 / 0.3, dim)
-        # (max_len, 3)
-        self.register_buffer(
-            "positions", torch.cat([t, w.cos(), -w.sin()], -1), persistent=False
-        )
-        # (dim, max_len)
-        self.register_buffer("window", torch.exp(-t * rates).T, persistent=False)
+        positions = torch.cat([t, w.cos(), -w.sin()], -1)  # (max_len, 3)
+        window = torch.exp(-t * rates).T  # (dim, max_len)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("window", window, persistent=False)
 
     def forward(self, L: int) -> torch.Tensor:
         "A kernel of length `L` for every channel: `(dim, L)`."
@@ -598,13 +564,10 @@ class EMA(nn.Module):
     def __init__(self, dim: int, causal: bool = True, n_state: int = 16):
         super().__init__()
         shape = (1 if causal else 2, dim, n_state)
-        self.p, self.damping = (
-            nn.Parameter(0.2 * torch.randn(shape)) for _ in range(2)
-        )
-        self.spread = nn.Parameter(
-            torch.tensor([1.0, -1.0]).repeat(n_state)[:n_state]
-            + 0.02 * torch.randn(shape)
-        )
+        self.p = nn.Parameter(0.2 * torch.randn(shape))
+        self.damping = nn.Parameter(0.2 * torch.randn(shape))
+        signs = torch.tensor([1.0, -1.0]).repeat(n_state)[:n_state]
+        self.spread = nn.Parameter(signs + 0.02 * torch.randn(shape))
         self.read = nn.Parameter(torch.randn(shape) * n_state**-0.5)
         self.skip = nn.Parameter(torch.randn(dim))
 
@@ -617,14 +580,9 @@ class EMA(nn.Module):
     def kernel(self, L: int) -> torch.Tensor:
         "The sum of all averages of an impulse: `(ways, dim, L)`."
         keep, gain = self.system()
-        return torch.einsum(
-            "wcn,wcnl->wcl",
-            gain,
-            torch.exp(
-                keep.clamp(min=1e-30).log()[..., None]
-                * torch.arange(L, device=gain.device)
-            ),
-        )
+        steps = torch.arange(L, device=gain.device)
+        powers = torch.exp(keep.clamp(min=1e-30).log()[..., None] * steps)
+        return torch.einsum("wcn,wcnl->wcl", gain, powers)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         "The averages of every channel, summed: `(..., dim, L)`."
@@ -673,35 +631,36 @@ class Mega(nn.Module):
         "Averages, attention and gates: what to add to `x` `(B, L, dim)`."
         x = clear_padding(x, lengths)
         with torch.autocast(x.device.type, enabled=False):
-            # (B, L, dim)
-            m = F.silu(
-                self.ema(x.mT.to(torch.promote_types(x.dtype, torch.float32)))
-            ).mT.to(x.dtype)
+            full = x.mT.to(torch.promote_types(x.dtype, torch.float32))
+            m = F.silu(self.ema(full)).mT.to(x.dtype)  # (B, L, dim)
         u, z, r, h = self.gates(m).split([self.dim, self.z, self.v, self.dim], -1)
         # (B, L, z) each
         q, k = (F.silu(z)[..., None, :] * self.scale + self.shift).unbind(-2)
-        L = x.shape[1]
-        far = (len(self.bias) + 1) // 2
-        if L > far:
-            raise ValueError(
-                f"this layer reaches {far} steps, the input has {L}; raise max_len"
-            )
-        i = torch.arange(L, device=x.device)
-        bias = self.bias[i[:, None] - i + far - 1]  # (L, L)
-        if self.causal:
-            bias = bias.masked_fill(i > i[:, None], -torch.inf)
-        # (B, L, L)
-        elif lengths is not None:
-            bias = torch.where(
-                key_mask(lengths, *x.shape[:2], x.device)[:, None], bias, -torch.inf
-            )
-        o = F.scaled_dot_product_attention(
-            q[:, None],
-            k[:, None],
-            F.silu(self.values(x))[:, None],
-            bias.to(q.dtype)[..., None, :, :] if bias.ndim == 3 else bias.to(q.dtype),
-        )[:, 0]
+        v = F.silu(self.values(x))
+        bias = _mega_bias(self, x, lengths).to(q.dtype)
+        heads = (t[:, None] for t in (q, k, v))  # one head
+        o = F.scaled_dot_product_attention(*heads, bias)[:, 0]
         return u.sigmoid() * (F.silu(h + self.out(F.silu(r) * o)) - x)
+
+
+# %% ../nbs/16_layers.ipynb #a095798b
+def _mega_bias(
+    layer: Mega, x: torch.Tensor, lengths: torch.Tensor | None
+) -> torch.Tensor:  # `(L, L)`, or `(B, 1, L, L)` where keys are padding
+    "What is added to scores: a number for every distance, and -inf for hidden keys."
+    L, far = x.shape[1], (len(layer.bias) + 1) // 2
+    if L > far:
+        raise ValueError(
+            f"this layer reaches {far} steps, the input has {L}; raise max_len"
+        )
+    i = torch.arange(L, device=x.device)
+    bias = layer.bias[i[:, None] - i + far - 1]  # (L, L)
+    if layer.causal:
+        return bias.masked_fill(i > i[:, None], -torch.inf)
+    if lengths is not None:
+        seen = key_mask(lengths, *x.shape[:2], x.device)  # (B, L)
+        bias = torch.where(seen[:, None, None], bias, -torch.inf)  # (B, 1, L, L)
+    return bias
 
 
 # %% ../nbs/16_layers.ipynb #d5bf68ce

@@ -38,10 +38,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 import torch
 from .data import DataError, Sequences, encoded
-from .digits import deaf_children
+from .digits import _cores, deaf_children
 from .model import replace_file
 
 # %% ../nbs/13_listops.ipynb #ed718418
@@ -117,15 +117,13 @@ def evaluate(
             stack[-1].append(int(token))
         elif token[0] == "[" and token[1:] in COMPUTE:
             stack.append([token[1:]])
-        elif token == "]" and len(stack) > 1 and len(stack[-1]) > 1:
-            name, *values = stack.pop()
-            stack[-1].append(COMPUTE[name](values))
         elif token == "]":
-            raise ValueError(
-                "a ] closes nothing"
-                if len(stack) == 1
-                else f"[{stack[-1][0]} has no arguments"
-            )
+            if len(stack) == 1:
+                raise ValueError("a ] closes nothing")
+            name, *values = stack.pop()
+            if not values:
+                raise ValueError(f"[{name} has no arguments")
+            stack[-1].append(COMPUTE[name](values))
         else:
             raise ValueError(f"{token!r} is neither a digit, an operator nor a bracket")
     if len(stack) > 1:
@@ -160,33 +158,16 @@ def in_parallel(
 ) -> Iterator[Any]:  # results, in order
     """Map over processes, with a progress bar when it takes long; raises `DataError`
     when a process is killed."""
-    from tqdm import tqdm
-
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
-    jobs = min(jobs or cores, len(todo))
-    bar = partial(
-        tqdm,
-        total=len(todo),
-        mininterval=1 if sys.stderr.isatty() else 30,
-        delay=5,
-        leave=False,
-        unit="block",
-        disable=len(todo) < 4,
-    )
+    jobs = min(jobs or _cores(), len(todo))
     if jobs <= 1:
-        yield from bar(map(work, todo))
+        yield from _bar(map(work, todo), len(todo))
         return
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), end_with_parent
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
         with deaf_children():
             results = pool.map(work, todo)
         try:
-            yield from bar(results)
+            yield from _bar(results, len(todo))
         except BrokenProcessPool:
             raise DataError(
                 "a process was killed while it generated data, perhaps for want of "
@@ -199,12 +180,25 @@ def in_parallel(
             raise
 
 
+# joblib's workers outlive a parent that was killed, and say much after Ctrl-C
 def end_with_parent() -> None:
     "A worker whose parent was killed ends as well."
-    threading.Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
-        daemon=True,
-    ).start()
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _bar(results: Iterable[Any], total: int) -> Iterable[Any]:
+    "A progress bar, when it takes long."
+    from tqdm import tqdm
+
+    every = 1 if sys.stderr.isatty() else 30  # seconds
+    hidden = total < 4
+    look = dict(unit="block", delay=5, leave=False, disable=hidden)
+    return tqdm(results, total=total, mininterval=every, **look)
 
 
 # %% ../nbs/13_listops.ipynb #27c6bfd9
@@ -221,55 +215,52 @@ def write_listops(
     low: int = 500,  # trees have more tokens than this
     high: int = 2000,  # and fewer than this
 ) -> None:
-    """Generate ListOps in the official layout. The same arguments give the same files, with any number of `jobs`.
+    """Generate ListOps in the official layout. The same arguments give the same files,
+    with any number of `jobs`.
 
-    Raises `ValueError` for bounds between which there are no trees. Source: Nangia and Bowman (2018), arXiv
-    1804.06028, with the settings of the Long Range Arena (Tay et al. 2021, arXiv 2011.04006)."""
+    Raises `ValueError` for bounds between which there are no trees. Source: Nangia and
+    Bowman (2018), arXiv 1804.06028, with the settings of the Long Range Arena (Tay et
+    al. 2021, arXiv 2011.04006)."""
     if not 3 <= low < high - 2:
         raise ValueError(
-            f"low must be at least 3 and high larger by more than 2; got {low} and "
-            f"{high}"
+            "low must be at least 3 and high larger by more than 2; "
+            f"got {low} and {high}"
         )
-    counts = (
-        PARTS
-        if size is None
-        else {
-            part: min(n, size) if part != "train" else size for part, n in PARTS.items()
-        }
-    )
+    counts = PARTS
+    if size is not None:
+        counts = {part: min(n, size) for part, n in PARTS.items()} | dict(train=size)
     todo = [
         (part, i, min(BLOCK, n - i * BLOCK))
         for part, n in counts.items()
         for i in range(-(-n // BLOCK))
     ]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside,
-        ExitStack() as open_files,
-    ):
-        files = {
-            part: open_files.enter_context(open(Path(aside) / f"basic_{part}.tsv", "w"))
-            for part in counts
-        }
-        seen = set()
+    if sum(counts.values()) <= 2000:
+        jobs = 1
+    blocks = in_parallel(partial(block_of_lines, seed, low, high), todo, jobs)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
+        files = {part: Path(aside) / f"basic_{part}.tsv" for part in counts}
+        _write_blocks(files, [part for part, *_ in todo], blocks)
         for f in files.values():
+            os.replace(f, folder / f.name)
+
+
+# %% ../nbs/13_listops.ipynb #fe898e24
+def _write_blocks(
+    files: dict[str, Path], parts: Iterable[str], blocks: Iterable[str]
+) -> None:
+    "Write blocks of lines, each into the file of its part; every tree once."
+    seen = set()
+    with ExitStack() as stack:
+        opened = {part: stack.enter_context(open(p, "w")) for part, p in files.items()}
+        for f in opened.values():
             f.write("Source\tTarget\n")
-        for (part, *_), block in zip(
-            todo,
-            in_parallel(
-                partial(block_of_lines, seed, low, high),
-                todo,
-                jobs if sum(counts.values()) > 2000 else 1,
-            ),
-        ):
+        for part, block in zip(parts, blocks):
             for line in block.splitlines(True):
-                # every tree once
                 if hash(line) not in seen:
                     seen.add(hash(line))
-                    files[part].write(line)
-        open_files.close()
-        for f in files.values():
-            os.replace(f.name, Path(folder) / Path(f.name).name)
+                    opened[part].write(line)
 
 
 # %% ../nbs/13_listops.ipynb #8b4604b5
@@ -277,8 +268,9 @@ VOCAB = ["pad", "end", "]", *"0123456789", *(f"[{o}" for o in OPERATORS)]
 CODES = bytes.maketrans(b"]0123456789nxds", bytes(range(2, 17)))
 
 
-# one byte per token, numbered as in VOCAB, with the end mark
-def to_tokens(text: bytes) -> bytes:
+def to_tokens(
+    text: bytes,
+) -> bytes:  # one byte per token, numbered as in VOCAB, with the end mark
     "A line of the files as a model reads it; parentheses and spaces are dropped."
     for operator, letter in zip((b"[MIN", b"[MAX", b"[MED", b"[SM"), b"nxds"):
         text = text.replace(operator, bytes([letter]))
@@ -286,44 +278,42 @@ def to_tokens(text: bytes) -> bytes:
 
 
 # %% ../nbs/13_listops.ipynb #194fa1cb
-# tokens with the end mark, value
-def read_listops(path: Path) -> Iterator[tuple[bytes, int]]:
+def read_listops(
+    path: Path,
+) -> Iterator[tuple[bytes, int]]:  # tokens with the end mark, value
     """A file of the official layout; raises `DataError` naming file and line for what
     is wrong in it."""
-
-    def refuse(line, why):
-        raise DataError(
-            f"{path}, line {line}: {why}; delete the file and make or get it again"
-        )
-
-    with open(path, "rb") as f:
-        if f.readline().split() != [b"Source", b"Target"]:
-            refuse(1, "the header should be Source, tab, Target")
-        number = 1
-        for number, line in enumerate(f, 2):
-            source, tab, target = line.rstrip(b"\r\n").partition(b"\t")
-            if not tab or not line.endswith(b"\n"):
-                refuse(
-                    number,
-                    "cut short"
-                    if not line.endswith(b"\n")
-                    else "there should be a list, a tab and a digit",
-                )
-            try:
-                found = evaluate(source.decode("ascii"))
-            except ValueError as e:
-                refuse(
-                    number, e if not isinstance(e, UnicodeError) else "not plain text"
-                )
-            if target != b"%d" % found:
-                refuse(
-                    number,
-                    f"the list comes to {found}, the label says "
-                    f"{target.decode(errors='replace')!r}",
-                )
-            yield to_tokens(source), found
+    number = 1
+    try:
+        with open(path, "rb") as f:
+            if f.readline().split() != [b"Source", b"Target"]:
+                raise ValueError("the header should be Source, tab, Target")
+            for number, line in enumerate(f, 2):
+                yield _read_line(line)
         if number == 1:
-            refuse(2, "there are no lists")
+            number = 2
+            raise ValueError("there are no lists")
+    except ValueError as e:
+        raise DataError(
+            f"{path}, line {number}: {e}; delete the file and make or get it again"
+        ) from None
+
+
+def _read_line(line: bytes) -> tuple[bytes, int]:
+    "Tokens and value; raises `ValueError` for what is wrong."
+    if not line.endswith(b"\n"):
+        raise ValueError("cut short")
+    source, tab, target = line.rstrip(b"\r\n").partition(b"\t")
+    if not tab:
+        raise ValueError("there should be a list, a tab and a digit")
+    try:
+        found = evaluate(source.decode("ascii"))
+    except UnicodeError:
+        raise ValueError("not plain text") from None
+    if target != b"%d" % found:
+        label = target.decode(errors="replace")
+        raise ValueError(f"the list comes to {found}, the label says {label!r}")
+    return to_tokens(source), found
 
 
 # %% ../nbs/13_listops.ipynb #4892078d
@@ -335,12 +325,10 @@ def base_folder(
 ) -> Path:  # the folder below which official layouts begin
     "Where a generated set goes."
     if sample:
-        return root / ("sample" if not seed else f"sample-seed{seed}")
-    return (
-        root
-        if size is None and not seed
-        else root / f"generated-{size or 'full'}-seed{seed}"
-    )
+        return root / (f"sample-seed{seed}" if seed else "sample")
+    if size is None and not seed:
+        return root
+    return root / f"generated-{size or 'full'}-seed{seed}"
 
 
 # %% ../nbs/13_listops.ipynb #c6aad950
@@ -388,40 +376,39 @@ def made_or_official(
     "Find a data set, or generate it; raises `DataError` when it cannot be written."
     from filelock import FileLock
 
-    if not seed and not sample and (found := official(root, path)):
-        if (note := noted(found)) is None and any(
-            not p.name.startswith(".") for p in found.iterdir()
-        ):
+    found = None if seed or sample else official(root, path)
+    if found:
+        note = noted(found)
+        if note is None and any(not p.name.startswith(".") for p in found.iterdir()):
             return found, "official files"
         if note and note["done"] and whole(found):
             return found, note["source"]
+    source = f"SAMPLE: {what}, seed {seed}"
+    if not sample:
+        amount = f"{size:,}" if size else "all"
+        source = f"generated by las_nb: {what}, {amount} for training, seed {seed}"
     folder = base_folder(root, size, seed, sample) / path
-    source = (
-        f"SAMPLE: {what}, seed {seed}"
-        if sample
-        else f"generated by las_nb: {what}, {f'{size:,}' if size else 'all'} for "
-        f"training, seed {seed}"
-    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
-            if not ((note := noted(folder)) and note["done"] and whole(folder)):
+            note = noted(folder)
+            if not (note and note["done"] and whole(folder)):
                 # first: what is half made must not pass for official
-                replace_file(
-                    folder / "generated.json",
-                    json.dumps(dict(source=source, done=False)).encode(),
-                )
+                _note(folder, source, done=False)
                 write(folder)
-                replace_file(
-                    folder / "generated.json",
-                    json.dumps(dict(source=source, done=True)).encode(),
-                )
+                _note(folder, source, done=True)
     except OSError as e:
         raise DataError(
             f"cannot write {what} to {folder} ({e.strerror or e}); name a folder that "
             "may be written with --root or LAS_NB_DATA"
         ) from None
     return folder, noted(folder)["source"]
+
+
+def _note(folder: Path, source: str, done: bool) -> None:
+    "Say of a folder where its data come from, and whether they are whole."
+    text = json.dumps(dict(source=source, done=done))
+    replace_file(folder / "generated.json", text.encode())
 
 
 # %% ../nbs/13_listops.ipynb #805167b1
@@ -465,25 +452,21 @@ def listops(
 ) -> dict[str, Sequences]:  # "train", "valid", "test"
     "ListOps as tokens; generated first if need be."
     folder, source = make_listops(root, limit, seed, sample=sample)
-    files = {
-        part: folder / f"basic_{name}.tsv"
-        for part, name in (("train", "train"), ("valid", "val"), ("test", "test"))
-    }
+    names = {"train": "train", "valid": "val", "test": "test"}
+    files = {part: folder / f"basic_{name}.tsv" for part, name in names.items()}
     for f in files.values():
         if not f.exists():
             raise DataError(
                 f"{f} is missing; delete {folder} to let las_data make it, or complete "
                 "the official files"
             )
-    return encoded(
-        list(files.values()),
-        lambda: (
-            (part, value, tokens)
-            for part, f in files.items()
-            for tokens, value in read_listops(f)
-        ),
-        source,
-    )
+
+    def rows():
+        for part, f in files.items():
+            for tokens, value in read_listops(f):
+                yield part, value, tokens
+
+    return encoded(list(files.values()), rows, source)
 
 
 # %% ../nbs/13_listops.ipynb #26959e0b
@@ -499,32 +482,21 @@ def root_and_digits(split: Sequences) -> torch.Tensor:  # `(n,)`
     seen = []
     for start in range(0, len(split.labels), 2048):
         x = split.rows(slice(start, start + 2048)).inputs.long()  # (b, L)
-        # digits one level below the root
-        own = (
-            (((x >= 13).long() - (x == 2).long()).cumsum(1) == 1) & (x >= 3) & (x < 13)
-        )
-        # (b, 10): how many of each digit
-        count = torch.zeros(len(x), 10, dtype=torch.long, device=x.device).scatter_add_(
-            1, (x - 3).clamp(0, 9), own.long()
-        )
+        depth = ((x >= 13).long() - (x == 2).long()).cumsum(1)
+        own = (depth == 1) & (x >= 3) & (x < 13)  # digits one level below the root
+        count = torch.zeros(len(x), 10, dtype=torch.long, device=x.device)
+        count.scatter_add_(1, (x - 3).clamp(0, 9), own.long())  # (b, 10): of each digit
         n, below = count.sum(1, keepdim=True), count.cumsum(1)
 
         def ranked(k):
             return (below > k).long().argmax(1)  # the k-th smallest
 
+        least, most = ranked(0 * n), ranked(n - 1)
+        middle = (ranked((n - 1) // 2) + ranked(n // 2)) // 2
+        total = (count * torch.arange(10, device=x.device)).sum(1)
         # (b, 4), one for each operator
-        found = torch.stack(
-            [
-                ranked(0 * n),
-                ranked(n - 1),
-                (ranked((n - 1) // 2) + ranked(n // 2)) // 2,
-                (count * torch.arange(10, device=x.device)).sum(1) % 10,
-            ],
-            1,
-        )
+        found = torch.stack([least, most, middle, total % 10], 1)
         root = x[:, 0] - 13
-        seen.append(
-            11 * root
-            + torch.where(n[:, 0] > 0, found.gather(1, root[:, None])[:, 0], 10)
-        )
+        value = torch.where(n[:, 0] > 0, found.gather(1, root[:, None])[:, 0], 10)
+        seen.append(11 * root + value)
     return torch.cat(seen).cpu()

@@ -46,10 +46,11 @@ __all__ = [
 ]
 
 # %% ../nbs/15_lra.ipynb #d64beb2e
-import contextlib, gzip, hashlib, http.client, io, lzma, os, random, shutil, tarfile, tempfile, urllib.error, urllib.request
+import contextlib, gzip, hashlib, http.client, io, lzma, os, random, shutil, tarfile
+import tempfile, urllib.error, urllib.request
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Callable, Iterator
-import torch
 from .data import TASKS, DataError, Sequences, Task, encoded, shuffled
 from .digits import groups, mean_range
 from las_nb.listops import (
@@ -96,53 +97,16 @@ def download(
 ) -> Path:
     """Get a file, going on from what arrived before; raises `DataError` when it cannot
     be had or is not what it should be."""
-    from tqdm import tqdm
-
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(
-            url,
-            headers={"User-Agent": "las_nb"}
-            | ({"Range": f"bytes={have}-"} if have else {}),
-        )
-        # seconds without a byte: the host is gone
-        try:
-            answer = urllib.request.urlopen(request, timeout=30)
-        except urllib.error.HTTPError as e:
-            if e.code != 416:
-                raise
-            answer = None  # nothing is left to send
-        if answer:
-            with answer:
-                if answer.status != 206:
-                    have = 0  # the host begins anew
-                total = have + int(answer.headers.get("Content-Length", 0))
-                with (
-                    open(part, "ab" if have else "wb") as f,
-                    tqdm(
-                        total=total or None,
-                        initial=have,
-                        unit="B",
-                        unit_scale=True,
-                        desc=path.name,
-                        mininterval=1,
-                        delay=2,
-                    ) as bar,
-                ):
-                    while chunk := answer.read(1 << 20):
-                        f.write(chunk)
-                        bar.update(len(chunk))
-            if part.stat().st_size < total:
-                raise OSError("the connection broke off")
+        _receive(url, part, path.name)
     except (OSError, http.client.HTTPException) as e:
-        why = str(
-            getattr(e, "reason", None) or getattr(e, "strerror", None) or e
-        ).splitlines()[0]
+        why = getattr(e, "reason", None) or getattr(e, "strerror", None) or e
         raise DataError(
-            f"cannot get {url} ({why}); what arrived is kept, and the same command "
-            f"goes on from there; or get the file elsewhere and put it at {path}"
+            f"cannot get {url} ({str(why).splitlines()[0]}); what arrived is kept, and "
+            "the same command goes on from there; or get the file elsewhere and put it "
+            f"at {path}"
         ) from None
     with open(part, "rb") as f:
         found = file_digest(f)
@@ -154,11 +118,41 @@ def download(
             f"{path}"
         )
     if not sha256:
-        replace_file(
-            path.with_name(path.name + ".sha256"), f"{found}  {path.name}\n".encode()
-        )
+        beside = path.with_name(f"{path.name}.sha256")
+        replace_file(beside, f"{found}  {path.name}\n".encode())
     os.replace(part, path)
     return path
+
+
+# %% ../nbs/15_lra.ipynb #06f4043c
+def _receive(url: str, part: Path, name: str) -> None:
+    "Add to a file what is missing of it."
+    from tqdm import tqdm
+
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "las_nb"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        # seconds without a byte: the host is gone
+        answer = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as e:
+        if e.code == 416:
+            return  # nothing is left to send
+        raise
+    with answer:
+        if answer.status != 206:
+            have = 0  # the host begins anew
+        total = have + int(answer.headers.get("Content-Length", 0))
+        look = dict(unit="B", unit_scale=True, mininterval=1, delay=2, desc=name)
+        bar = tqdm(total=total or None, initial=have, **look)
+        with bar, open(part, "ab" if have else "wb") as f:
+            while chunk := answer.read(1 << 20):
+                f.write(chunk)
+                bar.update(len(chunk))
+    if part.stat().st_size < total:
+        raise OSError("the connection broke off")
 
 
 # %% ../nbs/15_lra.ipynb #322ba63f
@@ -172,19 +166,18 @@ def file_digest(file: IO[bytes]) -> str:  # sha256, as hexadecimal
 
 # %% ../nbs/15_lra.ipynb #c3041eae
 @contextlib.contextmanager
-# gives an iterator over plain files
-def members(archive: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes]]]]:
+def members(
+    archive: Path,
+) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes]]]]:  # over plain files
     """Files of a tar archive, gz, xz or plain, in one pass; checks the archive's own
     checksum at its end, and raises `DataError` when it is damaged."""
     with open(archive, "rb") as f:
         begins = f.read(6)
-    unpack = (
-        gzip.open
-        if begins[:2] == b"\x1f\x8b"
-        else lzma.open
-        if begins == b"\xfd7zXZ\0"
-        else open
-    )
+    unpack = open
+    if begins[:2] == b"\x1f\x8b":
+        unpack = gzip.open
+    elif begins == b"\xfd7zXZ\0":
+        unpack = lzma.open
     try:
         with unpack(archive, "rb") as f, tarfile.open(fileobj=f, mode="r|") as tar:
             yield ((m, tar.extractfile(m)) for m in tar if m.isfile())
@@ -194,14 +187,10 @@ def members(archive: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes]
                     raise tarfile.ReadError("it goes on where it should end")
     except DataError:
         raise
-    except OSError as e:
-        if e.errno:
-            raise  # a full disk, not the archive
-        raise DataError(
-            f"{archive} is damaged or cut short ({e}); delete it and get it again"
-        ) from None
     # zlib, lzma and tarfile have errors of their own
     except Exception as e:
+        if isinstance(e, OSError) and e.errno:
+            raise  # a full disk, not the archive
         raise DataError(
             f"{archive} is damaged or cut short ({e}); delete it and get it again"
         ) from None
@@ -236,16 +225,8 @@ def extract(
                 with open(target, "wb") as f:
                     shutil.copyfileobj(content, f, 1 << 20)
                 count += 1
-
-        def settle(f, target):  # a folder that is new moves as a whole
-            if f.is_dir() and target.exists():
-                for child in f.iterdir():
-                    settle(child, target / child.name)
-            else:
-                os.replace(f, target)
-
         for f in list(aside.iterdir()):
-            settle(f, folder / f.name)
+            _settle(f, folder / f.name)
     except OSError as e:
         raise DataError(
             f"cannot unpack {archive} into {folder} ({e.strerror or e}); make room, or "
@@ -256,6 +237,15 @@ def extract(
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
     return count
+
+
+def _settle(f: Path, target: Path) -> None:
+    "Move a file or folder to its place; a folder that is new moves as a whole."
+    if f.is_dir() and target.exists():
+        for child in f.iterdir():
+            _settle(child, target / child.name)
+    else:
+        os.replace(f, target)
 
 
 # %% ../nbs/15_lra.ipynb #419e1ec0
@@ -269,29 +259,30 @@ def from_archive(
     fetch: bool = False,  # download the archive if it is not there
 ) -> bool:  # whether the path is there now
     "Take one task out of the official archive, if the archive lies in the root."
+    if official(root, path):
+        return True
     archives = root / "lra_release.gz", root / "lra_release.tar.gz"
-    if official(root, path) or not (fetch or any(p.exists() for p in archives)):
-        return bool(official(root, path))
-
-    # lra_release/lra_release/listops-1000/basic_train.tsv ->
-    # listops-1000/basic_train.tsv
-    def wanted(name):
-        before, found, after = f"/{name}".partition(f"/{path}/")
-        return (
-            f"{path}/{after}"
-            if found
-            and before.strip("/.") in ("", "lra_release", "lra_release/lra_release")
-            and (path != "tsv_data" or after.startswith("new_aan_pairs"))
-            else None
-        )
-
+    archive = next((p for p in archives if p.exists()), None)
+    if not archive and not fetch:
+        return False
     with alone(root):
         if official(root, path):
             return True  # another process was faster
-        archive = next((p for p in archives if p.exists()), None) or download(
-            LRA_URL, archives[0]
-        )
-        return extract(archive, wanted, root) > 0
+        archive = next((p for p in archives if p.exists()), None)
+        if not archive:
+            archive = download(LRA_URL, archives[0])
+        return extract(archive, partial(_below, path), root) > 0
+
+
+def _below(path: str, name: str) -> str | None:
+    "lra_release/lra_release/listops-1000/basic_val.tsv -> listops-1000/basic_val.tsv"
+    before, found, after = f"/{name}".partition(f"/{path}/")
+    tops = "", "lra_release", "lra_release/lra_release"
+    if not found or before.strip("/.") not in tops:
+        return None
+    if path == "tsv_data" and not after.startswith("new_aan_pairs"):
+        return None
+    return f"{path}/{after}"
 
 
 # %% ../nbs/15_lra.ipynb #bb1514a0
@@ -305,24 +296,22 @@ REVIEWS = 12_500  # of each kind
 
 def imdb_files(root: Path) -> Path:
     "The folder `aclImdb` or an archive of it; downloaded if there is none."
-
-    def lying():
-        for place in (root, root / "IMDB"):
-            if (place / "aclImdb" / "train" / "pos").is_dir():
-                return place / "aclImdb"
-            if found := sorted(
-                p
-                for p in place.glob("aclImdb*")
-                if p.name.endswith((".tar.gz", ".tar.xz", ".tgz"))
-            ):
-                return found[0]
-
-    if found := lying():
+    if found := _imdb_lying(root):
         return found
+    archive = root / "IMDB" / "aclImdb_v1.tar.gz"
     with alone(root):
-        return lying() or download(
-            IMDB[0], root / "IMDB" / "aclImdb_v1.tar.gz", IMDB[1]
-        )
+        return _imdb_lying(root) or download(IMDB[0], archive, IMDB[1])
+
+
+def _imdb_lying(root: Path) -> Path | None:
+    "The folder, or an archive, where there is one."
+    for place in (root, root / "IMDB"):
+        if (place / "aclImdb" / "train" / "pos").is_dir():
+            return place / "aclImdb"
+        for f in sorted(place.glob("aclImdb*")):
+            if f.name.endswith((".tar.gz", ".tar.xz", ".tgz")):
+                return f
+    return None
 
 
 # %% ../nbs/15_lra.ipynb #4ff2ab26
@@ -333,24 +322,13 @@ def read_imdb(
 ) -> dict[str, list[bytes]]:
     "All labelled reviews; raises `DataError` naming the file at fault."
     reviews = {kind: {} for kind in KINDS}
-
-    def take(name, content):
+    for name, content in _imdb_texts(source):
         kind, _, file = name.rpartition("/")
-        if kind not in reviews or not file.endswith(".txt"):
-            return
+        if kind not in reviews:
+            continue
         if not content.strip():
             raise DataError(f"{source}: {name} is empty; get the reviews again")
         reviews[kind][file] = content
-
-    if source.is_dir():
-        for kind in KINDS:
-            for f in (source / kind).glob("*.txt"):
-                take(f"{kind}/{f.name}", f.read_bytes())
-    else:
-        with members(source) as files:
-            for m, content in files:
-                if m.name.endswith(".txt") and "/unsup/" not in m.name:
-                    take(m.name.split("aclImdb/", 1)[-1], content.read())
     for kind, found in reviews.items():
         if len(found) != each:
             raise DataError(
@@ -358,9 +336,21 @@ def read_imdb(
                 "delete it and get it again"
             )
     return {
-        kind: [content for _, content in sorted(found.items())]
-        for kind, found in reviews.items()
+        kind: [texts[name] for name in sorted(texts)] for kind, texts in reviews.items()
     }
+
+
+def _imdb_texts(source: Path) -> Iterator[tuple[str, bytes]]:
+    'Names, such as "train/pos/0_9.txt", and contents of the files.'
+    if source.is_dir():
+        for kind in KINDS:
+            for f in (source / kind).glob("*.txt"):
+                yield f"{kind}/{f.name}", f.read_bytes()
+        return
+    with members(source) as files:
+        for m, content in files:
+            if m.name.endswith(".txt") and "/unsup/" not in m.name:
+                yield m.name.split("aclImdb/", 1)[-1], content.read()
 
 
 # %% ../nbs/15_lra.ipynb #e561aa65
@@ -378,31 +368,26 @@ def dealt(
 
 
 # %% ../nbs/15_lra.ipynb #1bd6964f
-# "train" 22,500, "valid" 2,500, "test" 25,000
 def text(
     root: Path, limit: int | None = None, sample: bool = False, seed: int = 0
-) -> dict[str, Sequences]:
+) -> dict[str, Sequences]:  # "train" 22,500, "valid" 2,500, "test" 25,000
     "Film reviews as bytes, in random order."
     if sample:
         made, source = make_text(root, sample=True, seed=seed)
     else:
         made, source = imdb_files(root), "IMDB reviews"
-    files = (
-        [f for kind in KINDS for f in sorted((made / kind).glob("*.txt"))]
-        if made.is_dir()
-        else [made]
-    )
+    files = [made]
+    if made.is_dir():
+        files = [f for kind in KINDS for f in sorted((made / kind).glob("*.txt"))]
 
     def parts():
         reviews = read_imdb(made, 100 if sample else REVIEWS)
         for part in ("train", "test"):
-            rows = [
-                (label, r[:4095] + b"\0")
-                for label, kind in enumerate(("neg", "pos"))
-                for r in reviews[f"{part}/{kind}"]
-            ]
+            rows = [(0, r) for r in reviews[f"{part}/neg"]]
+            rows += [(1, r) for r in reviews[f"{part}/pos"]]
             for ours, row in dealt(part, len(rows)):
-                yield (ours, *rows[row])
+                label, review = rows[row]
+                yield ours, label, review[:4095] + b"\0"
 
     return encoded(files, parts, source)
 
@@ -412,43 +397,45 @@ def text(
 AAN = {"train": "train", "valid": "eval", "test": "test"}
 
 
-# label, both texts, at most 4,000 bytes each
-def read_pairs(path: Path) -> Iterator[tuple[int, bytes, bytes]]:
+def read_pairs(
+    path: Path,
+) -> Iterator[tuple[int, bytes, bytes]]:  # label, both texts, at most 4,000 bytes each
     "A file of pairs; raises `DataError` naming file and line for what is wrong in it."
     number = 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-
-            def refuse(why):
-                raise DataError(
-                    f"{path}, line {number}: {why}; delete the file and get it again"
-                )
-
-            words = line.rstrip(b"\r\n").split(b"\t")
-            if not line.endswith(b"\n"):
-                refuse("cut short")
-            if len(words) != 5:
-                refuse(
-                    "there should be a label, two names and two texts, 5 columns, not "
-                    f"{len(words)}"
-                )
-            if words[0] not in (b"0.0", b"1.0", b"0", b"1"):
-                refuse(
-                    "the label should be 0 or 1, not "
-                    f"{words[0][:20].decode(errors='replace')!r}"
-                )
-            yield int(words[0][:1]), words[3][:4000] or b" ", words[4][:4000] or b" "
-    if not number:
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                yield _read_pair(line)
+        if not number:
+            number = 1
+            raise ValueError("there are no pairs")
+    except ValueError as e:
         raise DataError(
-            f"{path}, line 1: there are no pairs; delete the file and get it again"
+            f"{path}, line {number}: {e}; delete the file and get it again"
+        ) from None
+
+
+def _read_pair(line: bytes) -> tuple[int, bytes, bytes]:
+    "Label and texts of a line; raises `ValueError` for what is wrong."
+    words = line.rstrip(b"\r\n").split(b"\t")
+    if not line.endswith(b"\n"):
+        raise ValueError("cut short")
+    if len(words) != 5:
+        raise ValueError(
+            "there should be a label, two names and two texts, 5 columns, not "
+            f"{len(words)}"
         )
+    label, _, _, a, b = words
+    if label not in (b"0.0", b"1.0", b"0", b"1"):
+        found = label[:20].decode(errors="replace")
+        raise ValueError(f"the label should be 0 or 1, not {found!r}")
+    return int(label[:1]), a[:4000] or b" ", b[:4000] or b" "
 
 
 # %% ../nbs/15_lra.ipynb #0d64bc78
-# "train" 147,086, "valid" 18,090, "test" 17,437 pairs
 def retrieval(
     root: Path, limit: int | None = None, sample: bool = False, seed: int = 0
-) -> dict[str, Sequences]:
+) -> dict[str, Sequences]:  # "train" 147,086, "valid" 18,090, "test" 17,437 pairs
     "Pairs of papers as bytes."
     if sample:
         folder, source = make_retrieval(root, sample=True, seed=seed)
@@ -461,11 +448,13 @@ def retrieval(
                 f"{f} is missing; put it there, or put {LRA_URL.rpartition('/')[2]} "
                 f"into {root}"
             )
-    return encoded(
-        list(files.values()),
-        lambda: ((part, *row) for part, f in files.items() for row in read_pairs(f)),
-        source,
-    )
+
+    def rows():
+        for part, f in files.items():
+            for label, a, b in read_pairs(f):
+                yield part, label, a, b
+
+    return encoded(list(files.values()), rows, source)
 
 
 # %% ../nbs/15_lra.ipynb #64f9ac3a
@@ -492,25 +481,23 @@ CIFAR = (
 )
 
 
-# npz with x_train (50000, 1024) uint8, y_train, x_test, y_test
-def grey_cifar(root: Path) -> Path:
+def grey_cifar(
+    root: Path,
+) -> Path:  # npz with x_train (50000, 1024) uint8, y_train, x_test, y_test
     """The file of grey pictures; made from torchvision's CIFAR-10, which is downloaded
     if need be."""
-
-    def lying():
-        return next(
-            (p for p in (root / "CIFAR10" / GREY, root / GREY) if p.exists()), None
-        )
-
-    if found := lying():
-        return found
+    places = root / "CIFAR10" / GREY, root / GREY
+    for path in places:
+        if path.exists():
+            return path
     with alone(root):
-        if found := lying():
-            return found
+        for path in places:
+            if path.exists():
+                return path  # another process was faster
         archive = root / "CIFAR10" / "cifar-10-python.tar.gz"
         if not archive.exists():
             download(CIFAR[0], archive, CIFAR[1])
-        return make_grey(root / "CIFAR10" / GREY)
+        return make_grey(places[0])
 
 
 def make_grey(path: Path) -> Path:
@@ -521,19 +508,15 @@ def make_grey(path: Path) -> Path:
     arrays = {}
     try:
         for part in ("train", "test"):
-            # checks and unpacks
             with contextlib.redirect_stdout(io.StringIO()):
+                # checks and unpacks
                 d = CIFAR10(str(path.parent), train=part == "train", download=True)
-            red, green, blue = (
-                d.data.reshape(-1, 1024, 3).astype(np.float32).transpose(2, 0, 1)
-            )
-            arrays[f"x_{part}"] = np.rint(
-                0.2989 * red + 0.587 * green + 0.114 * blue
-            ).astype(np.uint8)
+            colors = d.data.reshape(-1, 1024, 3).astype(np.float32)  # (N, 1024, 3)
+            red, green, blue = colors.transpose(2, 0, 1)
+            grey = np.rint(0.2989 * red + 0.587 * green + 0.114 * blue)
+            arrays[f"x_{part}"] = grey.astype(np.uint8)
             arrays[f"y_{part}"] = np.asarray(d.targets, np.uint8)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as aside:
-            np.savez(Path(aside) / GREY, **arrays)
-            os.replace(Path(aside) / GREY, path)
+        _save_arrays(path, arrays)
     except Exception as e:
         raise DataError(
             f"cannot read CIFAR-10 in {path.parent} ({str(e).splitlines()[0]}); delete "
@@ -542,14 +525,20 @@ def make_grey(path: Path) -> Path:
     return path
 
 
-# %% ../nbs/15_lra.ipynb #ba57bb3d
-# "train" 45,000, "valid" 5,000, "test" 10,000
-def image(
-    root: Path, limit: int | None = None, sample: bool = False, seed: int = 0
-) -> dict[str, Sequences]:
-    "CIFAR-10 in grey, standardised by the mean and deviation of its training set."
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    "An npz file that is whole when it appears."
     import numpy as np
 
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as aside:
+        np.savez(Path(aside) / path.name, **arrays)
+        os.replace(Path(aside) / path.name, path)
+
+
+# %% ../nbs/15_lra.ipynb #ba57bb3d
+def image(
+    root: Path, limit: int | None = None, sample: bool = False, seed: int = 0
+) -> dict[str, Sequences]:  # "train" 45,000, "valid" 5,000, "test" 10,000
+    "CIFAR-10 in grey, standardised by the mean and deviation of its training set."
     if sample:
         folder, source = make_image(root, sample=True, seed=seed)
         path = folder / GREY
@@ -557,35 +546,38 @@ def image(
         path, source = grey_cifar(root), "CIFAR-10"
 
     def parts():
-        try:
-            with np.load(path, allow_pickle=False) as f:
-                x, y = (
-                    {part: f[f"{name}_{part}"] for part in ("train", "test")}
-                    for name in "xy"
-                )
-        except Exception as e:
-            raise DataError(
-                f"{path} is damaged or lacks an array ({e}); delete it and get it again"
-            ) from None
+        arrays = _read_grey(path)
         for part in ("train", "test"):
-            if (
-                x[part].ndim != 2
-                or x[part].shape[1] != 1024
-                or x[part].dtype != np.uint8
-                or y[part].shape != x[part].shape[:1]
-                or not len(y[part])
-                or y[part].dtype.kind not in "iu"
-                or not 0 <= y[part].min() <= y[part].max() <= 9
-            ):
-                raise DataError(
-                    f"{path}: x_{part} should be (N, 1024) uint8 and y_{part} N labels "
-                    f"from 0 to 9; got {x[part].shape} {x[part].dtype} and "
-                    f"{y[part].shape}; delete it and get it again"
-                )
-            for ours, row in dealt(part, len(x[part])):
-                yield ours, int(y[part][row]), x[part][row].tobytes()
+            x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+            for ours, row in dealt(part, len(x)):
+                yield ours, int(y[row]), x[row].tobytes()
 
     return encoded([path], parts, source, scale=(122.6 / 255, 61 / 255))
+
+
+def _read_grey(path: Path) -> dict[str, Any]:
+    "The four arrays; raises `DataError` when they are not what they should be."
+    import numpy as np
+
+    names = "x_train", "y_train", "x_test", "y_test"
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            arrays = {name: f[name] for name in names}
+    except Exception as e:
+        raise DataError(
+            f"{path} is damaged or lacks an array ({e}); delete it and get it again"
+        ) from None
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        pictures = x.dtype == np.uint8 and x.ndim == 2 and x.shape[1] == 1024
+        answers = y.dtype.kind in "iu" and y.shape == x.shape[:1] and len(y) > 0
+        if not (pictures and answers) or not 0 <= y.min() <= y.max() <= 9:
+            raise DataError(
+                f"{path}: x_{part} should be (N, 1024) uint8 and y_{part} N labels "
+                f"from 0 to 9; got {x.shape} {x.dtype} and {y.shape}; delete it and "
+                "get it again"
+            )
+    return arrays
 
 
 # %% ../nbs/15_lra.ipynb #aec1107e
@@ -599,31 +591,41 @@ def make_text(
     """With `sample`: 400 made-up reviews in the layout of `aclImdb`. Else the real
     ones, downloaded if need be."""
     if not sample:
-        return refuse_size("text", size, seed) or imdb_files(root), "IMDB reviews"
+        refuse_size("text", size, seed)
+        return imdb_files(root), "IMDB reviews"
     words = dict(
         pos="wonderful moving brilliant charming superb".split(),
         neg="dull awful clumsy boring dreadful".split(),
     )
-    filler = "the film a story of two people who meet in winter and its music camera cast script ending was were seemed felt to me for an hour".split()
+    filler = (
+        "the film a story of two people who meet in winter and its music camera cast "
+        "script ending was were seemed felt to me for an hour"
+    ).split()
 
     def write(folder):
         r = random.Random(f"text {seed}")
         for kind in KINDS:
+            name = kind[-3:]
+            rating = 9 if name == "pos" else 2
             for i in range(100):
-                body = [
-                    r.choice(words[kind[-3:]])
-                    if r.random() < 0.08
-                    else r.choice(filler)
-                    for _ in range(r.randint(40, 400))
-                ]
-                replace_file(
-                    folder / kind / f"{i}_{9 if kind[-3:] == 'pos' else 2}.txt",
-                    " ".join(body).encode(),
-                )
+                review = _made_up(r, words[name], 0.08, filler, (40, 400))
+                replace_file(folder / kind / f"{i}_{rating}.txt", review.encode())
 
     return made_or_official(
         root, "aclImdb", write, "made-up reviews", seed=seed, sample=True
     )
+
+
+def _made_up(
+    r: random.Random,
+    words: list[str],
+    share: float,
+    filler: list[str],
+    length: tuple[int, int],
+) -> str:
+    "A text of filler, with a share of words that tell."
+    n = r.randint(*length)
+    return " ".join(r.choice(words if r.random() < share else filler) for _ in range(n))
 
 
 # %% ../nbs/15_lra.ipynb #ed173874
@@ -637,34 +639,30 @@ def make_retrieval(
     """With `sample`: 240 made-up pairs in the official format. Else the official ones,
     from the archive, which is downloaded if need be."""
     if not sample:
-        return refuse_size("retrieval", size, seed) or aan_folder(
-            root
-        ), "official files"
+        refuse_size("retrieval", size, seed)
+        return aan_folder(root), "official files"
     topics = [
         "parse tree grammar head".split(),
         "speech sound phone vowel".split(),
         "translate source target align".split(),
         "word sense vector meaning".split(),
     ]
-    filler = "we propose a model of the data and show that results improve in all cases with fewer errors than before".split()
+    filler = (
+        "we propose a model of the data and show that results improve in all cases "
+        "with fewer errors than before"
+    ).split()
 
     def write(folder):
         r = random.Random(f"retrieval {seed}")
-
-        def paper(topic):
-            return " ".join(
-                r.choice(topic) if r.random() < 0.25 else r.choice(filler)
-                for _ in range(r.randint(60, 250))
-            )
-
         for part, n in (("train", 160), ("eval", 40), ("test", 40)):
             lines = []
             for i in range(n):
                 a = r.randrange(4)
                 b = a if i % 2 else (a + r.randint(1, 3)) % 4
-                lines.append(
-                    f"{i % 2}.0\tA{i}\tB{i}\t{paper(topics[a])}\t{paper(topics[b])}\n"
+                one, other = (
+                    _made_up(r, topics[t], 0.25, filler, (60, 250)) for t in (a, b)
                 )
+                lines.append(f"{i % 2}.0\tA{i}\tB{i}\t{one}\t{other}\n")
             replace_file(folder / f"new_aan_pairs.{part}.tsv", "".join(lines).encode())
 
     return made_or_official(
@@ -683,34 +681,33 @@ def make_image(
     """With `sample`: 600 made-up pictures, stripes of ten directions. Else CIFAR-10,
     downloaded if need be."""
     if not sample:
-        return refuse_size("image", size, seed) or grey_cifar(root).parent, "CIFAR-10"
+        refuse_size("image", size, seed)
+        return grey_cifar(root).parent, "CIFAR-10"
 
     def write(folder):
         import numpy as np
 
         r = np.random.RandomState([seed, 10])
-        y, x = np.mgrid[:32, :32]
-
-        def draw(n):
-            label = np.arange(n) % 10
-            turn = label * np.pi / 10
-            wave = np.sin(
-                0.6
-                * (x * np.cos(turn)[:, None, None] + y * np.sin(turn)[:, None, None])
-                + 6 * r.random_sample((n, 1, 1))
-            )
-            return np.clip(122 + 50 * wave + 30 * r.randn(n, 32, 32), 0, 255).astype(
-                np.uint8
-            ).reshape(n, 1024), label.astype(np.uint8)
-
-        (xa, ya), (xb, yb) = draw(500), draw(100)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
-            np.savez(Path(aside) / GREY, x_train=xa, y_train=ya, x_test=xb, y_test=yb)
-            os.replace(Path(aside) / GREY, folder / GREY)
+        (xa, ya), (xb, yb) = _stripes(500, r), _stripes(100, r)
+        arrays = dict(x_train=xa, y_train=ya, x_test=xb, y_test=yb)
+        _save_arrays(folder / GREY, arrays)
 
     return made_or_official(
         root, "CIFAR10", write, "made-up stripes", seed=seed, sample=True
     )
+
+
+def _stripes(n: int, r: Any) -> tuple[Any, Any]:  # `(n, 1024)`, `(n,)`
+    "Pictures of noisy stripes, and the number of their direction."
+    import numpy as np
+
+    y, x = np.mgrid[:32, :32]
+    label = np.arange(n) % 10
+    turn = (label * np.pi / 10)[:, None, None]
+    across = x * np.cos(turn) + y * np.sin(turn)
+    wave = np.sin(0.6 * across + 6 * r.random_sample((n, 1, 1)))
+    grey = np.clip(122 + 50 * wave + 30 * r.randn(n, 32, 32), 0, 255)
+    return grey.astype(np.uint8).reshape(n, 1024), label.astype(np.uint8)
 
 
 # %% ../nbs/15_lra.ipynb #6bf1dcef
@@ -728,20 +725,13 @@ FAST = dict(dim=128, depth=4, n_heads=8, batch_size=64, lr=2e-3, max_rate=0.1)
 SHORT = dict(dim=48, depth=2, n_heads=4, batch_size=16, lr=4e-3, max_rate=0.1)
 SMOKE = dict(sample=True, dim=16, depth=1, n_heads=2, batch_size=8, epochs=1)
 PAPER = dict(dim=256, depth=6, n_heads=8, max_rate=1e-3, lr=1e-3, weight_decay=0.01)
+_CPU = dict(dim=80, depth=4, n_heads=4, feedforward=160, batch_size=32, lr=1e-3)
 
 ARENA = dict(
     listops=dict(
         fast=FAST | dict(epochs=8),
         paper=PAPER | dict(prenorm=False, batch_size=32, epochs=40),
-        cpu=dict(
-            dim=80,
-            depth=4,
-            n_heads=4,
-            feedforward=160,
-            batch_size=32,
-            lr=1e-3,
-            epochs=6,
-        ),
+        cpu=_CPU | dict(epochs=6),
         short=SHORT | dict(limit=2000, epochs=4),
         smoke=SMOKE | dict(limit=60),
     ),
@@ -842,17 +832,13 @@ def averages(
     # of the five is missing
 ) -> dict[str, float | None]:
     "Both averages that are in use."
-    five = [
-        scores.get(t) for t in ("listops", "text", "retrieval", "image", "pathfinder")
-    ]
-    whole = None not in five
-    return {
-        "avg5 (without Path-X)": sum(five) / 5 if whole else None,
-        "avg6 (a failed Path-X counts 50)": (sum(five) + (scores.get("pathx") or 50))
-        / 6
-        if whole
-        else None,
-    }
+    tasks = "listops", "text", "retrieval", "image", "pathfinder"
+    five = [scores.get(t) for t in tasks]
+    avg5 = avg6 = None
+    if None not in five:
+        avg5 = sum(five) / 5
+        avg6 = (sum(five) + (scores.get("pathx") or 50)) / 6
+    return {"avg5 (without Path-X)": avg5, "avg6 (a failed Path-X counts 50)": avg6}
 
 
 # %% ../nbs/15_lra.ipynb #3ec17539
@@ -888,50 +874,27 @@ def arena_table(
 ) -> str:  # Markdown
     """Our results, what trivial readers get on the same test data, and published
     figures, with both averages."""
-
-    def row(name, cells, mean):
-        return (
-            f"| {name} | "
-            + " | ".join(cells.get(t, "") for t in TITLES)
-            + " | "
-            + " | ".join(
-                "" if a is None else f"{a:.2f}" for a in averages(mean).values()
-            )
-            + " |"
-        )
-
-    rows = [
-        "| model | " + " | ".join(TITLES.values()) + " | avg5 | avg6 |",
-        "|---|" + "---:|" * 8,
-    ]
+    titles = " | ".join([*TITLES.values(), "avg5", "avg6"])
+    rows = [f"| model | {titles} |", "|---|" + "---:|" * 8]
     for name, scores in arena_scores(runs).items():
-        rows.append(
-            row(
-                name,
-                {t: mean_range(s, 2) for t, s in scores.items()},
-                {t: sum(s) / len(s) for t, s in scores.items()},
-            )
-        )
+        cells = {t: mean_range(s, 2) for t, s in scores.items()}
+        rows.append(_row(name, cells, {t: sum(s) / len(s) for t, s in scores.items()}))
     for reader in dict.fromkeys(n for r in runs for n in r["trivial"]):
-        floor = {
-            r["task"]: r["trivial"][reader] for r in runs if reader in r["trivial"]
-        }
-        rows.append(
-            row(f"*{reader} alone*", {t: f"{p:.2f}" for t, p in floor.items()}, {})
-        )
+        told = [r for r in runs if reader in r["trivial"]]
+        cells = {r["task"]: f"{r['trivial'][reader]:.2f}" for r in told}
+        rows.append(_row(f"*{reader} alone*", cells, {}))
     if goals:
-        rows.append(
-            row("*our goals for LaS*", {t: f"{p:g}" for t, p in goals.items()}, {})
-        )
+        cells = {t: f"{p:g}" for t, p in goals.items()}
+        rows.append(_row("*our goals for LaS*", cells, {}))
     for name, scores in (published or {}).items():
-        rows.append(
-            row(
-                f"*{name}, published*",
-                {
-                    t: "fail" if p is None and t == "pathx" else f"{p:.2f}"
-                    for t, p in scores.items()
-                },
-                scores,
-            )
-        )
+        cells = {t: f"{p:.2f}" for t, p in scores.items() if p is not None}
+        if "pathx" in scores:
+            cells.setdefault("pathx", "fail")
+        rows.append(_row(f"*{name}, published*", cells, scores))
     return "\n".join(rows)
+
+
+def _row(name: str, cells: dict[str, str], scores: dict[str, Any]) -> str:
+    "A cell for every task, and the averages of the scores."
+    means = ["" if a is None else f"{a:.2f}" for a in averages(scores).values()]
+    return "| " + " | ".join([name, *(cells.get(t, "") for t in TITLES), *means]) + " |"

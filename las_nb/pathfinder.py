@@ -74,13 +74,11 @@ def distances(
     "Distance of every point of a patch at double size to a line, in pixels."
     import numpy as np
 
-    y, x = np.meshgrid(
-        *2 * [(np.arange(4 * reach + 2) - 0.5) / 2 - reach], indexing="ij"
-    )
+    points = (np.arange(4 * reach + 2) - 0.5) / 2 - reach
+    y, x = np.meshgrid(points, points, indexing="ij")
+    squared = max(end[0] ** 2 + end[1] ** 2, 1e-9)
     # the nearest point of the line, from 0 to 1
-    along = np.clip(
-        (y * end[0] + x * end[1]) / max(end[0] ** 2 + end[1] ** 2, 1e-9), 0, 1
-    )
+    along = np.clip((y * end[0] + x * end[1]) / squared, 0, 1)
     return np.hypot(y - along * end[0], x - along * end[1])
 
 
@@ -95,15 +93,11 @@ def widened(patch: Any, radius: int) -> Any:
     """The largest value within a disc around every pixel; the result is larger by the
     radius on every side."""
     import numpy as np
+    from scipy.ndimage import maximum_filter
 
-    n = len(patch)
-    out = np.zeros((n + 2 * radius, n + 2 * radius), patch.dtype)
-    for y in range(-radius, radius + 1):
-        for x in range(-radius, radius + 1):
-            if y * y + x * x <= radius * radius:
-                part = out[radius + y : radius + y + n, radius + x : radius + x + n]
-                np.maximum(part, patch, out=part)
-    return out
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    disc = y**2 + x**2 <= radius**2
+    return maximum_filter(np.pad(patch, radius), footprint=disc, mode="constant")
 
 
 # %% ../nbs/14_pathfinder.ipynb #6b09887c
@@ -129,65 +123,51 @@ class Kit:
 
         s = self.setting = SETTINGS[side]
         self.margin, step = margin, s.length + margin
-        turns = np.arange(0, 2 * math.pi, 1 / step)
-        # (R, 2): from a pivot to where the next paddle may end
-        self.ring = np.unique(
-            np.rint(step * np.stack([np.sin(turns), np.cos(turns)], 1)).astype(int),
-            axis=0,
-        )
-        self.toward = np.arctan2(self.ring[:, 0], self.ring[:, 1])  # (R,)
+        # (R, 2): from a pivot to where the next paddle may end; (R,): its direction
+        self.ring = _ring(step)
+        self.toward = np.arctan2(self.ring[:, 0], self.ring[:, 1])
         # (360 + R,): where each stamp runs from its middle
-        self.angles = np.concatenate(
-            [np.radians(np.arange(360)), self.toward + math.pi]
+        whole = np.radians(np.arange(360))
+        self.angles = np.concatenate([whole, self.toward + math.pi])
+        reach, half = step + math.ceil(s.thickness), s.thickness / 2
+        ends = [(s.length * math.sin(a), s.length * math.cos(a)) for a in self.angles]
+        far = [distances(reach, end) for end in ends]
+        # (360 + R, k, k): ink, ground in quarters, what is within the margin of it
+        self.ink = _stamps(
+            [np.minimum(s.contrast * _soft(d, half), 1) for d in far], 255
         )
-        far = [
-            distances(
-                step + math.ceil(s.thickness),
-                (s.length * math.sin(a), s.length * math.cos(a)),
-            )
-            for a in self.angles
-        ]
-
-        def stamps(values, scale):
-            return np.stack(
-                [np.rint(scale * halved(v)).astype(np.uint8) for v in values]
-            )
-
-        # (360 + R, k, k)
-        self.ink = stamps(
-            [
-                np.minimum(
-                    s.contrast * np.clip((s.thickness / 2 + 0.25 - d) / 0.5, 0, 1), 1
-                )
-                for d in far
-            ],
-            255,
-        )
-        # quarters of a pixel
-        self.ground = stamps([(d <= s.thickness / 2 + margin) * 1.0 for d in far], 4)
-        # what is within the margin of it
+        self.ground = _stamps([(d <= half + margin) * 1.0 for d in far], 4)
         self.near = np.stack([widened(g, margin) for g in self.ground])
-        # (1, k, k)
-        self.dot = stamps(
-            [
-                np.clip(
-                    (s.radius + 0.25 - distances(math.ceil(s.radius) + 1, (0, 0)))
-                    / 0.5,
-                    0,
-                    1,
-                )
-            ],
-            255,
-        )
+        dot = distances(math.ceil(s.radius) + 1, (0, 0))
+        self.dot = _stamps([_soft(dot, s.radius)], 255)  # (1, k, k)
         # canvases have a border: nothing that is looked up lies outside
         self.pad = 3 * (step + margin) + 4
         # the outermost pixel is taken
-        self.empty = np.pad(
-            np.zeros((s.side - 2, s.side - 2), np.uint8),
-            self.pad + 1,
-            constant_values=4,
-        )
+        inside = np.zeros((s.side - 2, s.side - 2), np.uint8)
+        self.empty = np.pad(inside, self.pad + 1, constant_values=4)
         self.empty_near = widened(self.empty, margin)[margin:-margin, margin:-margin]
+
+
+# %% ../nbs/14_pathfinder.ipynb #7420ea75
+def _ring(radius: float) -> Any:  # `(R, 2)`: (y, x), each once
+    "The pixels of a ring around the origin."
+    import numpy as np
+
+    turns = np.arange(0, 2 * math.pi, 1 / radius)
+    ring = radius * np.stack([np.sin(turns), np.cos(turns)], 1)
+    return np.unique(np.rint(ring).astype(int), axis=0)
+
+
+def _soft(distance: Any, edge: float) -> Any:
+    "One inside, zero outside, and half a pixel between."
+    return ((edge + 0.25 - distance) / 0.5).clip(0, 1)
+
+
+def _stamps(patches: list[Any], scale: int) -> Any:  # uint8 `(len(patches), k, k)`
+    "Patches of values from 0 to 1 at double size, as stamps."
+    import numpy as np
+
+    return np.stack([np.rint(scale * halved(p)).astype(np.uint8) for p in patches])
 
 
 kit: Callable[[int, int], Kit] = lru_cache(None)(Kit)  # (side, margin) -> Kit
@@ -236,11 +216,9 @@ class Ground:
     def clash(self, row: Any, kind: Any, y: Any, x: Any) -> Any:  # `(b,)`
         """Whether a paddle would lie on a pixel that is wholly taken, with one that it
         wholly takes."""
-        # quarters, of two wholes
-        return (
-            self.taken.reshape(-1)[place(self.taken, self.kit.ground, row, y, x)]
-            + self.kit.ground[kind]
-        ).max((1, 2)) > 7
+        at = place(self.taken, self.kit.ground, row, y, x)  # (b, k, k)
+        quarters = self.taken.reshape(-1)[at] + self.kit.ground[kind]
+        return quarters.max((1, 2)) > 7  # of two wholes
 
 
 # %% ../nbs/14_pathfinder.ipynb #2a9ea02e
@@ -266,9 +244,8 @@ def begin(kit: Kit, kind: Any, y: Any, x: Any) -> Contours:
     import numpy as np
 
     a = kit.angles[kind]
-    return Contours(
-        [(kind, y, x)], (y - kit.margin * np.sin(a), x - kit.margin * np.cos(a)), a
-    )
+    pivot = y - kit.margin * np.sin(a), x - kit.margin * np.cos(a)
+    return Contours([(kind, y, x)], pivot, a)
 
 
 # %% ../nbs/14_pathfinder.ipynb #7601d6c8
@@ -284,44 +261,38 @@ def extend(
     import numpy as np
 
     kit = ground.kit
-    s, n = kit.setting, ground.near.shape[1]
-    step = s.length + 2 * kit.margin
-    py, px = (
-        np.rint(p + step * f(contours.angle)).astype(int)
-        for p, f in zip(contours.pivot, (np.sin, np.cos))
-    )
-    turn = (kit.toward - contours.angle[:, None]) % (2 * math.pi)  # (b, R)
-    turn = np.minimum(turn, 2 * math.pi - turn)
-    # (b, R)
-    free = (
-        4.0
-        - ground.near.reshape(-1)[
-            (row * n * n + py * n + px)[:, None] + kit.ring @ [n, 1]
-        ]
-    )
-    weight = (free * np.cos(np.minimum(s.continuity * turn, math.pi / 2)) ** 2).cumsum(
-        1
-    )
+    step = kit.setting.length + 2 * kit.margin
+    py = np.rint(contours.pivot[0] + step * np.sin(contours.angle)).astype(int)
+    px = np.rint(contours.pivot[1] + step * np.cos(contours.angle)).astype(int)
+    weight = _weights(ground, row, (py, px), contours.angle)  # (b, R)
     found = np.zeros(len(row), bool)
     kind = np.zeros(len(row), int)
     y = py.copy()
     x = px.copy()
     for _ in range(3):
         t = np.flatnonzero((weight[:, -1] > 4e-4) & ~found)
-        i = (
-            (weight[t] <= random.random_sample(len(t))[:, None] * weight[t, -1:])
-            .sum(1)
-            .clip(max=len(kit.ring) - 1)
-        )
+        drawn = random.random_sample(len(t))[:, None] * weight[t, -1:]
+        i = (weight[t] <= drawn).sum(1).clip(max=len(kit.ring) - 1)
         kind[t], y[t], x[t] = 360 + i, py[t] + kit.ring[i, 0], px[t] + kit.ring[i, 1]
         found[t] = ~ground.clash(row[t], kind[t], y[t], x[t])
     last = [t[found] for t in contours.paddles[-1]]
     ground.take(row[found], *last)
-    return found, Contours(
-        [*contours.paddles, (kind, y, x)],
-        (py, px),
-        np.where(found, kit.angles[kind] - math.pi, 0.0),
-    )
+    paddles = [*contours.paddles, (kind, y, x)]
+    angle = np.where(found, kit.angles[kind] - math.pi, 0.0)
+    return found, Contours(paddles, (py, px), angle)
+
+
+def _weights(ground: Ground, row: Any, pivot: tuple[Any, Any], angle: Any) -> Any:
+    "The weight of each pixel of the ring, summed up `(b, R)`."
+    import numpy as np
+
+    kit, n = ground.kit, ground.near.shape[1]
+    at = row * n * n + pivot[0] * n + pivot[1]
+    free = 4.0 - ground.near.reshape(-1)[at[:, None] + kit.ring @ [n, 1]]
+    turn = (kit.toward - angle[:, None]) % (2 * math.pi)
+    turn = np.minimum(turn, 2 * math.pi - turn)
+    bent = np.minimum(kit.setting.continuity * turn, math.pi / 2)
+    return (free * np.cos(bent) ** 2).cumsum(1)
 
 
 # %% ../nbs/14_pathfinder.ipynb #9f059a01
@@ -337,11 +308,10 @@ def two_contours(
     s, row, ground = kit.setting, np.arange(n), Ground(kit, n)
     y, x = random.randint(2 * s.apart, s.side - 2 * s.apart, (2, n)) + kit.pad
     turn = 2 * math.pi * random.random_sample(n)
-    other = [
-        np.rint(p + s.apart * f(turn)).astype(int)
-        for p, f in ((y, np.sin), (x, np.cos))
-    ]
-    pair = [begin(kit, random.randint(0, 360, n), *p) for p in ((y, x), other)]
+    other_y = np.rint(y + s.apart * np.sin(turn)).astype(int)
+    other_x = np.rint(x + s.apart * np.cos(turn)).astype(int)
+    starts = (y, x), (other_y, other_x)
+    pair = [begin(kit, random.randint(0, 360, n), *p) for p in starts]
     for _ in range(s.contour_length - 1):
         for j in range(2):
             found, pair[j] = extend(ground, pair[j], row, random)
@@ -377,8 +347,8 @@ def distract(
         found, contours = extend(ground, contours, row, random)
         row, contours = row[found], contours.rows(found)
     ground.take(row, *contours.paddles[-1])
+    # as if the others had not been tried
     lost = ~np.isin(asked, row)
-    # as if they had not been tried
     ground.taken[asked[lost]], ground.near[asked[lost]] = (b[lost] for b in before)
     return row, contours
 
@@ -403,49 +373,45 @@ def scenes(
 ) -> Scenes:
     """Draw pictures of Pathfinder (32) or Path-X (128).
 
-    Source: Linsley et al. (2018), arXiv 1805.08315, with the settings of the Long Range Arena (arXiv 2011.04006)."""
+    Source: Linsley et al. (2018), arXiv 1805.08315, with the settings of the Long Range
+    Arena (arXiv 2011.04006)."""
     import numpy as np
 
     k = kit(side, margin)
     ground, pair = two_contours(k, attempts, random)
-    every, extra = np.arange(len(ground.taken)), []
+    n, every = len(ground.taken), np.arange(len(ground.taken))
+    extra = []
     for _ in range(k.setting.distractors):
         row = every
         for _ in range(5):
             done, contours = distract(ground, row, random)
             extra.append((done, contours))
             row = row[~np.isin(row, done)]
-    canvas = np.zeros((len(every), *k.empty.shape), np.uint8)
+    canvas = np.zeros((n, *k.empty.shape), np.uint8)
     for row, c in [*((every, c) for c in pair), *extra]:
-        for paddle in c.paddles:
-            lay(canvas, k.ink, paddle[0], row, *paddle[1:])
+        for kind, y, x in c.paddles:
+            lay(canvas, k.ink, kind, row, y, x)
     undotted = canvas.copy()
-    labels = random.randint(0, 2, len(every))
-    first = random.randint(0, 2, len(every))
-    # first and last tips of both contours, (N, 2) each
-    ends = [[np.stack(c.paddles[j][1:], 1) for c in pair] for j in (0, -1)]
-    # (N, 2, 2)
-    dots = np.stack(
-        [
-            np.where((who == 0)[:, None], *tips)
-            for tips, who in zip(ends, (first, np.where(labels == 1, first, 1 - first)))
-        ],
-        1,
-    )
+    labels = random.randint(0, 2, n)
+    dots = _dots(pair, labels, random.randint(0, 2, n))
     for j in range(2):
-        lay(
-            canvas,
-            k.dot,
-            np.zeros(len(every), int),
-            every,
-            dots[:, j, 0],
-            dots[:, j, 1],
-        )
+        y, x = dots[:, j].T
+        lay(canvas, k.dot, np.zeros(n, int), every, y, x)
+    inside = slice(k.pad, -k.pad)
+    pictures, undotted = (c[:, inside, inside] for c in (canvas, undotted))
+    return Scenes(pictures, labels, undotted, pair, extra, dots - k.pad)
 
-    def cut(c):
-        return c[:, k.pad : -k.pad, k.pad : -k.pad]
 
-    return Scenes(cut(canvas), labels, cut(undotted), pair, extra, dots - k.pad)
+def _dots(pair: list[Contours], labels: Any, first: Any) -> Any:  # `(N, 2, 2)`
+    "Where the dots lie, when the first lies on contour `first`."
+    import numpy as np
+
+    second = np.where(labels == 1, first, 1 - first)
+    found = []
+    for which, paddle in ((first, 0), (second, -1)):
+        tips = [np.stack(c.paddles[paddle][1:], 1) for c in pair]  # (N, 2) each
+        found.append(np.where((which == 0)[:, None], *tips))
+    return np.stack(found, 1)
 
 
 # %% ../nbs/14_pathfinder.ipynb #d30e1cc7
@@ -468,6 +434,28 @@ def folders(
     ]
 
 
+def _draw(
+    side: int, seed: int, number: int, n: int
+) -> tuple[Any, Any, Any]:  # pictures `(n, side, side)`, labels and margins `(n,)`
+    "The pictures of one folder; fewer of them are the beginning of all."
+    import numpy as np
+
+    margins = np.asarray(SETTINGS[side].margins)
+    which = np.random.RandomState([seed, side, number])
+    margin_of = margins[which.randint(0, len(margins), FOLDER)][:n]
+    pictures, labels = np.zeros((n, side, side), np.uint8), np.zeros(n, int)
+    for margin in margins.tolist():
+        todo = np.flatnonzero(margin_of == margin)
+        random = np.random.RandomState([seed, side, number, margin])
+        while len(todo):
+            drawn = scenes(side, margin, 1000, random)
+            now, todo = todo[: len(drawn.labels)], todo[len(drawn.labels) :]
+            pictures[now] = drawn.pictures[: len(now)]
+            labels[now] = drawn.labels[: len(now)]
+    return pictures, labels, margin_of
+
+
+# %% ../nbs/14_pathfinder.ipynb #d2a886c8
 def write_folder(
     top: Path,  # of the official layout
     side: int,
@@ -475,35 +463,21 @@ def write_folder(
     job: tuple[int, int],  # (number of the folder, pictures in it)
 ) -> int:  # pictures
     "Draw one folder of pictures, and its text file last."
-    import numpy as np
     from PIL import Image
 
     number, n = job
-    listing, s = top / "metadata" / f"{number}.npy", SETTINGS[side]
+    listing, folder = top / "metadata" / f"{number}.npy", top / "imgs" / str(number)
     if listing.exists():
         return n
-    margins = np.asarray(s.margins)[
-        np.random.RandomState([seed, side, number]).randint(0, len(s.margins), FOLDER)
-    ][:n]
-    pictures, labels = np.zeros((n, side, side), np.uint8), np.zeros(n, int)
-    for margin in s.margins:
-        todo = np.flatnonzero(margins == margin)
-        random = np.random.RandomState([seed, side, number, margin])
-        while len(todo):
-            drawn = scenes(side, margin, 1000, random)
-            now, todo = todo[: len(drawn.labels)], todo[len(drawn.labels) :]
-            pictures[now] = drawn.pictures[: len(now)]
-            labels[now] = drawn.labels[: len(now)]
-    (top / "imgs" / str(number)).mkdir(parents=True, exist_ok=True)
+    s = SETTINGS[side]
+    lengths = f"{s.contour_length} {s.distractor_length} {s.length} {s.thickness}"
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for i in range(n):
-        Image.fromarray(pictures[i]).save(
-            top / "imgs" / str(number) / f"sample_{i}.png"
-        )
+    for i, (picture, label, margin) in enumerate(zip(*_draw(side, seed, number, n))):
+        Image.fromarray(picture).save(folder / f"sample_{i}.png")
         lines.append(
-            f"imgs/{number} sample_{i}.png {i} {labels[i]} {s.continuity} "
-            f"{s.contour_length} {s.distractor_length} {s.length} {s.thickness} "
-            f"{margins[i]} 1\n"
+            f"imgs/{number} sample_{i}.png {i} {label} {s.continuity} {lengths} "
+            f"{margin} 1\n"
         )
     replace_file(listing, "".join(lines).encode())
     return n
@@ -520,9 +494,8 @@ def write_pathfinder(
 ) -> None:
     """Generate Pathfinder in the official layout; goes on where it was cut. The same
     arguments give the same files."""
-    for _ in in_parallel(
-        partial(write_folder, Path(top), side, seed), folders(size), jobs
-    ):
+    work = partial(write_folder, Path(top), side, seed)
+    for _ in in_parallel(work, folders(size), jobs):
         pass
 
 
@@ -533,56 +506,55 @@ def read_pathfinder(
 ) -> Iterator[tuple[bytes, int]]:  # grey values row by row, label
     """Pictures of the official layout, folder by folder; raises `DataError` naming file
     and line for what is wrong."""
-    from PIL import Image, UnidentifiedImageError
-
     for listing in listings_of(top):
         rows = listing.read_bytes().split(b"\n")
-        if rows[-1] or len(rows) < 2:
+        number = len(rows)
+        try:
+            if rows[-1]:
+                raise ValueError("cut short")
+            if len(rows) < 2:
+                raise ValueError("it lists no pictures")
+            for number, row in enumerate(rows[:-1], 1):
+                yield _read_picture(top, side, row.decode(errors="replace"))
+        except ValueError as e:
             raise DataError(
-                f"{listing}, line {len(rows)}: "
-                f"{'cut short' if rows[-1] else 'it lists no pictures'}; delete it and "
-                "let las_data draw that folder again, or get it again"
-            )
-        for number, row in enumerate(rows[:-1], 1):
+                f"{listing}, line {number}: {e}; delete it and let las_data draw that "
+                "folder again, or get it again"
+            ) from None
 
-            def refuse(why):
-                raise DataError(
-                    f"{listing}, line {number}: {why}; delete it and let las_data draw "
-                    "that folder again, or get it again"
-                )
 
-            words = row.decode(errors="replace").split(" ")
-            if len(words) < 4 or words[3] not in ("0", "1"):
-                refuse(
-                    "there should be a folder, a file, a number and a label of 0 or 1"
-                )
-            path = top / words[0] / words[1]
-            try:
-                content = path.read_bytes()
-                Image.open(io.BytesIO(content)).verify()  # its checksums
-                with Image.open(io.BytesIO(content)) as picture:
-                    found = picture.size, picture.convert("L").tobytes()
-            except FileNotFoundError:
-                refuse(f"{path} is missing")
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
-                refuse(f"{path} is damaged")
-            if found[0] != (side, side):
-                refuse(
-                    f"{path} has {found[0][0]} x {found[0][1]} pixels, not {side} x "
-                    f"{side}"
-                )
-            yield found[1], int(words[3])
+def _read_picture(top: Path, side: int, row: str) -> tuple[bytes, int]:
+    "The picture that a line names; raises `ValueError` for what is wrong."
+    from PIL import Image
+
+    words = row.split(" ")
+    if len(words) < 4 or words[3] not in ("0", "1"):
+        raise ValueError(
+            "there should be a folder, a file, a number and a label of 0 or 1"
+        )
+    path = top / words[0] / words[1]
+    try:
+        content = path.read_bytes()
+        Image.open(io.BytesIO(content)).verify()  # its checksums
+        with Image.open(io.BytesIO(content)) as picture:
+            (width, height), pixels = picture.size, picture.convert("L").tobytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, SyntaxError, ValueError):
+        raise ValueError(f"{path} is damaged") from None
+    if (width, height) != (side, side):
+        raise ValueError(f"{path} has {width} x {height} pixels, not {side} x {side}")
+    return pixels, int(words[3])
 
 
 # %% ../nbs/14_pathfinder.ipynb #fa64e9cf
 def listings_of(top: Path) -> list[Path]:
     "The text files of a set, in order."
-    found = sorted(
-        (top / "metadata").glob("*.npy"), key=lambda p: (len(p.stem), p.stem)
-    )
+    folder = top / "metadata"
+    found = sorted(folder.glob("*.npy"), key=lambda p: (len(p.stem), p.stem))
     if not found:
         raise DataError(
-            f"{top / 'metadata'} has no .npy files; delete {top} to let las_data draw "
+            f"{folder} has no .npy files; delete {top} to let las_data draw "
             "it, or complete the official files"
         )
     # of what we draw ourselves, a folder that is missing is drawn again
@@ -591,8 +563,7 @@ def listings_of(top: Path) -> list[Path]:
         for i in range(len(found)):
             if str(i) not in names:
                 raise DataError(
-                    f"{top / 'metadata' / f'{i}.npy'} is missing; complete the "
-                    "official files"
+                    f"{folder / f'{i}.npy'} is missing; complete the official files"
                 )
     return found
 
@@ -607,8 +578,10 @@ def make_pathfinder(
     sample: bool = False,  # 320 pictures for training, 40 of Path-X
 ) -> tuple[Path, str]:  # folder, where its pictures come from
     "The files of Pathfinder: official ones where they lie, else generated."
-    drawn = (320 if side == 32 else 40) if sample else size or 160_000
-    todo = folders(drawn)
+    drawn = size or 160_000
+    if sample:
+        drawn = 320 if side == 32 else 40
+    listings = [f"metadata/{number}.npy" for number, _ in folders(drawn)]
     return made_or_official(
         root,
         f"pathfinder{side}/curv_contour_length_14",
@@ -617,9 +590,7 @@ def make_pathfinder(
         None if drawn == 160_000 else size,
         seed,
         sample,
-        whole=lambda top: all(
-            (top / "metadata" / f"{number}.npy").exists() for number, _ in todo
-        ),
+        whole=lambda top: all((top / name).exists() for name in listings),
     )
 
 
@@ -635,19 +606,18 @@ def pathfinder(
     top, source = make_pathfinder(root, side, limit, seed, sample=sample)
     listings = listings_of(top)
     counts = [f.read_bytes().count(b"\n") for f in listings]
-    ends = [0.8 * sum(counts), 0.9 * sum(counts)]
     if noted(top):
-        ends = [
-            sum(n for f, n in zip(listings, counts) if int(f.stem) < FIRST[part])
+        numbers = [int(f.stem) for f in listings]
+        train, valid = (
+            sum(n for i, n in zip(numbers, counts) if i < FIRST[part])
             for part in ("valid", "test")
-        ]
+        )
+    else:
+        train, valid = 0.8 * sum(counts), 0.9 * sum(counts)
 
     def parts():
         for i, (pixels, label) in enumerate(read_pathfinder(top, side)):
-            yield (
-                "train" if i < ends[0] else "valid" if i < ends[1] else "test",
-                label,
-                pixels,
-            )
+            part = "train" if i < train else "valid"
+            yield (part if i < valid else "test"), label, pixels
 
     return encoded(listings, parts, source, scale=(0.5, 0.5))

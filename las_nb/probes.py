@@ -36,17 +36,12 @@ def motif(
     slots, y = L // 16, randint(6, (n,), generator=generator)
     # (n, slots): is the label's order shown here?
     own = torch.rand(n, slots, generator=generator).argsort(1) < (slots + 1) // 2
-    # (n, slots, 3)
-    shown = orders[
-        torch.where(own, y[:, None], randint(6, (n, slots), generator=generator))
-    ]
-    # (n, slots, 3)
-    at = (16 * torch.arange(slots) + randint(14, (n, slots), generator=generator))[
-        ..., None
-    ] + torch.arange(3)
-    x = randint(8, (n, L), generator=generator).scatter(
-        1, at.flatten(1), shown.flatten(1)
-    )
+    other = randint(6, (n, slots), generator=generator)
+    shown = orders[torch.where(own, y[:, None], other)]  # (n, slots, 3)
+    first = 16 * torch.arange(slots) + randint(14, (n, slots), generator=generator)
+    at = first[..., None] + torch.arange(3)  # (n, slots, 3)
+    x = randint(8, (n, L), generator=generator)
+    x = x.scatter(1, at.flatten(1), shown.flatten(1))
     return x, y, x >= 8
 
 
@@ -58,11 +53,8 @@ def needle(
     `motif`."""
     y = randint(8, (n,), generator=generator)
     at = randint(L - 2, (n, 1), generator=generator)
-    x = (
-        randint(8, (n, L), generator=generator)
-        .scatter(1, at, 8)
-        .scatter(1, at + 1, y[:, None])
-    )
+    x = randint(8, (n, L), generator=generator)
+    x = x.scatter(1, at, 8).scatter(1, at + 1, y[:, None])
     x[:, -1] = 9
     i = torch.arange(L)
     return x, y, (i == at) | (i == at + 1)
@@ -76,21 +68,18 @@ def recall(
     (apart) eight steps behind. As from `motif`."""
     keys = torch.rand(n, 16, generator=generator).argsort(1)[:, :8]
     values = randint(8, (n, 8), generator=generator)
-    # (n, 8)
     if apart:
         at, behind = randint(L - 16, (n, 1), generator=generator) + torch.arange(8), 8
     else:
         at = 2 * torch.rand(n, (L - 1) // 2, generator=generator).argsort(1)[:, :8]
         behind = 1
+    # at: (n, 8), where the keys stand
     x = torch.full((n, L), 24).scatter(1, at, keys).scatter(1, at + behind, 16 + values)
     asked, i = randint(8, (n, 1), generator=generator), torch.arange(L)
     x[:, -1:] = keys.gather(1, asked)
     place = at.gather(1, asked)  # (n, 1)
-    return (
-        x,
-        values.gather(1, asked)[:, 0],
-        (i == place) | (i == place + behind) | (i == L - 1),
-    )
+    deciding = (i == place) | (i == place + behind) | (i == L - 1)
+    return x, values.gather(1, asked)[:, 0], deciding
 
 
 # %% ../nbs/18_probes.ipynb #aaa0ec16
@@ -136,9 +125,8 @@ def probe(
         )
 
     def part(k, n):
-        x, y, _ = PROBES[name](
-            min(n, limit or n), length, torch.Generator().manual_seed(3 * seed + k)
-        )
+        generator = torch.Generator().manual_seed(3 * seed + k)
+        x, y, _ = PROBES[name](min(n, limit or n), length, generator)
         return Batch(x, None, y)
 
     return dict(train=part(0, 4000), valid=part(1, 400), test=part(2, 1000))

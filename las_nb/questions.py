@@ -8,6 +8,7 @@ __all__ = ["score_at", "lengths_main"]
 # %% ../nbs/20_questions.ipynb #873825ae
 import json, time, torch
 from pathlib import Path
+from typing import Any
 from fastcore.script import call_parse
 from .data import every_task, load_task
 from .digits import commit_id
@@ -28,10 +29,11 @@ def score_at(
     device = next(model.parameters()).device
     data = load_task(task, None, device, sequences, length=length)["test"]
     size = max(1, 2**14 // length)  # sequences at once
-    parts = [data.rows(slice(i, i + size)) for i in range(0, len(data.labels), size)]
-    return sum(
-        (model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item() for b in parts
-    ), len(data.labels)
+    n, right = len(data.labels), 0
+    for i in range(0, n, size):
+        b = data.rows(slice(i, i + size))
+        right += (model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item()
+    return right, n
 
 
 # %% ../nbs/20_questions.ipynb #a635db33
@@ -51,20 +53,13 @@ def lengths_main(
     been measured stays, until its file is deleted."""
 
     def call():
-        try:
-            wanted = [int(s) for s in lengths.split(",")]
-        except ValueError:
-            raise ValueError(
-                f"--lengths takes whole numbers separated by commas; got {lengths!r}"
-            ) from None
+        wanted = _steps(lengths)
         if tokens < 1:
             raise ValueError(f"--tokens must be at least 1; got {tokens}")
         runs = sorted(p.parent for p in Path(folder).glob(f"{only}/config.json"))
         if not runs:
             raise ValueError(f"there is no finished run called {only!r} in {folder}")
-        path = Path(results) / f"{name}.json"
         device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
-        record = json.loads(path.read_text()) if path.exists() else dict(runs={})
         how = dict(
             command=f"las_lengths {folder} --lengths {lengths} --only '{only}' "
             f"--tokens {tokens} --name {name}",
@@ -73,34 +68,50 @@ def lengths_main(
             device=torch.cuda.get_device_name() if device == "cuda" else device,
             date=time.strftime("%Y-%m-%d"),
         )
+        path = Path(results) / f"{name}.json"
         for run in runs:
-            model, recipe = load_run(run)
-            task = every_task()[recipe.task]
-            if not task.any_length:
-                raise ValueError(
-                    f"{run} was trained on {recipe.task}, whose sequences have their "
-                    "own length"
-                )
-            mine = record["runs"].setdefault(
-                run.name,
-                dict(
-                    task=recipe.task, trained_at=recipe.length or task.max_len, found={}
-                ),
-            )
-            for L in wanted:
-                if str(L) in mine["found"]:
-                    continue
-                start = time.perf_counter()
-                right, n = score_at(
-                    model.to(device), recipe.task, L, max(10, min(500, tokens // L))
-                )
-                mine["found"][str(L)] = dict(
-                    right=right, n=n, seconds=time.perf_counter() - start, **how
-                )
-                replace_file(path, json.dumps(record, indent=1).encode())
-                print(
-                    f"{run.name} at {L:,} steps: {100 * right / n:.1f} % of {n}",
-                    flush=True,
-                )
+            _measure_run(run, wanted, tokens, device, how, path)
 
     guarded(call, "what was measured is kept: go on with the same command")
+
+
+def _steps(lengths: str) -> list[int]:
+    "The lengths asked for."
+    try:
+        return [int(s) for s in lengths.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--lengths takes whole numbers separated by commas; got {lengths!r}"
+        ) from None
+
+
+# %% ../nbs/20_questions.ipynb #2e2d8768
+def _measure_run(
+    run: Path,
+    lengths: list[int],
+    tokens: int,
+    device: str,
+    how: dict[str, Any],
+    path: Path,
+) -> None:
+    "Add what a model does at lengths that are not in the results file yet."
+    model, recipe = load_run(run)
+    task = every_task()[recipe.task]
+    if not task.any_length:
+        raise ValueError(
+            f"{run} was trained on {recipe.task}, whose sequences have their own length"
+        )
+    record = json.loads(path.read_text()) if path.exists() else dict(runs={})
+    trained_at = recipe.length or task.max_len
+    fresh = dict(task=recipe.task, trained_at=trained_at, found={})
+    found = record["runs"].setdefault(run.name, fresh)["found"]
+    model = model.to(device)
+    for L in lengths:
+        if str(L) in found:
+            continue
+        start = time.perf_counter()
+        right, n = score_at(model, recipe.task, L, max(10, min(500, tokens // L)))
+        seconds = time.perf_counter() - start
+        found[str(L)] = dict(right=right, n=n, seconds=seconds, **how)
+        replace_file(path, json.dumps(record, indent=1).encode())
+        print(f"{run.name} at {L:,} steps: {100 * right / n:.1f} % of {n}", flush=True)
