@@ -19,7 +19,7 @@ from .attention import attention_scores, check_qkv, masked_softmax
 from .fast import las_attention
 from .las import POOLS, check_choice
 from .locality import decay_rates
-from .smoothing import smooth_scores, smooth_weights
+from .smoothing import Window, smooth_scores, smooth_weights, window_sides
 
 
 # %% ../nbs/21_adapt.ipynb #05ab6f06
@@ -57,13 +57,14 @@ def las_step(
     k: torch.Tensor,  # keys `(B, H, L, D)`, L >= n
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(B, H, n, D)`
     """Causal LaS attention of the newest queries to all keys: the step of a decoder
     with a cache, in time `n L`."""
+    check_choice("pool", pool, ("scores", "weights"))
     n, L = q.shape[-2], k.shape[-2]
     if lengths is None:
         lengths = torch.full((len(q),), L, device=q.device)
@@ -89,7 +90,7 @@ def masked_las_attention(
     rates: torch.Tensor | tuple[float, ...],
     # boolean `(B, L)`: True = real token; padding on either side or both
     mask: torch.Tensor | None = None,
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     causal: bool = True,  # attend to the past only?
     **options: Any,  # further arguments of las_attention
@@ -154,7 +155,7 @@ def register_las(
     name: str = "las",  # what set_attn_implementation will call it
     # decay rate of the fastest head, per step (half-life 6.9); 0 = no locality
     max_rate: float = 0.1,
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     spacing: str = "geometric",  # how rates spread over heads; see decay_rates
     **options: Any,  # further arguments of las_attention
@@ -171,6 +172,7 @@ def register_las(
         lambda n_heads: tuple(decay_rates(n_heads, max_rate, spacing).tolist())
     )
     rates(1)
+    window_sides(window)
     check_choice("pool", pool, POOLS)
 
     def las(module, q, k, v, mask, scaling=None, dropout=0.0, is_causal=None, **kwargs):
