@@ -101,7 +101,8 @@ def matrix(self: LaSVariant, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     if self.rotary:
         q, k = rotate(q), rotate(k)
     if hasattr(self, "taps"):
-        lag = torch.arange(self.taps.shape[1], device=k.device)
+        W = self.taps.shape[1]
+        lag = torch.arange(W, dtype=torch.float64, device=k.device)
         taps = self.taps * torch.exp(-rates[:, None] * lag)  # (H, W)
         k, window = filter_keys(k, taps, window), 1
     e, seen = decayed_scores(q, k, rates), causal_mask(L, q.device)

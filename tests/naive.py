@@ -26,6 +26,7 @@ def las_head(q, k, v, alpha, W, pool, causal):
     "One head of one sequence without padding: `(L, D)` each."
     L, D = q.shape
     out = np.zeros((L, v.shape[1]))
+    windows = [window_shares(j, L, W, causal) for j in range(L)]
     for i in range(L):
         seen = [j for j in range(L) if j <= i or not causal]
         e = [
@@ -33,10 +34,7 @@ def las_head(q, k, v, alpha, W, pool, causal):
             for j in range(L)
         ]
         if pool == "scores":
-            e = [
-                sum(w * e[t] for t, w in window_shares(j, L, W, causal).items())
-                for j in range(L)
-            ]
+            e = [sum(part * e[t] for t, part in keys.items()) for keys in windows]
         top = max(e[j] for j in seen)
         w = {j: np.exp(e[j] - top) for j in seen}
         total = sum(w.values())
@@ -45,8 +43,8 @@ def las_head(q, k, v, alpha, W, pool, causal):
             if pool == "scores":
                 out[i] += share * v[j]
             else:
-                for t, w in window_shares(j, L, W, causal).items():
-                    out[i] += share * w * v[t]
+                for t, part in windows[j].items():
+                    out[i] += share * part * v[t]
     return out
 
 
