@@ -714,7 +714,7 @@ def flex_plain(
     alpha: torch.Tensor,  # decay rate per head `(H,)`
     ends: torch.Tensor,  # true lengths `(B,)`
     causal: bool,  # may query `i` see keys `j <= i` only?
-) -> tuple[Callable, Callable]:  # of score, and of what is seen
+) -> tuple[Callable[..., torch.Tensor], ...]:  # of score, and of what is seen
     "Formulas for decayed scores, with nothing left to smooth."
 
     def score(s, b, h, i, j):
@@ -734,7 +734,7 @@ def flex_sides(
     past: int,  # keys before, in the window of a key
     future: int,  # keys after
     middle: torch.Tensor | None,  # of diagonal_scores `(B, H, L, T)`, if there are any
-) -> tuple[Callable, Callable]:  # of score, and of what is seen
+) -> tuple[Callable[..., torch.Tensor], ...]:  # of score, and of what is seen
     """Formulas for two sets of keys: the first `L` smoothed for queries after them, the
     others for queries before them."""
 

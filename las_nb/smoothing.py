@@ -112,10 +112,13 @@ def window_sum(
     L = x.shape[-1]
     back, ahead = min(past, L - 1), min(future, L - 1)
     x = F.pad(x, (back, ahead))
-    return sum(
-        weights[..., future - t] * x[..., back + t : back + t + L]
-        for t in range(-back, ahead + 1)
-    )
+    out = weights[..., future + back] * x[..., :L]
+    for t in range(1 - back, ahead + 1):  # the entry t places ahead
+        # one pass over memory for product and sum
+        out = torch.addcmul(
+            out, weights[..., future - t], x[..., back + t : back + t + L]
+        )
+    return out
 
 
 # %% ../nbs/04_smoothing.ipynb #5467d624
