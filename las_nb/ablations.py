@@ -96,7 +96,7 @@ class LaSVariant(LaSAttention):
 @patch
 def matrix(self: LaSVariant, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     "Attention weights `(B, H, L, L)`."
-    check_choice("pool", self.pool, ("scores", "weights"))
+    check_choice("pool", self.pool, ("scores", "weights"))  # what this path knows
     L, window, rates = k.shape[2], self.window, self.current_rates()
     if self.rotary:
         q, k = rotate(q), rotate(k)

@@ -65,7 +65,7 @@ def las_step(
 ) -> torch.Tensor:  # `(B, H, n, D)`
     """Causal LaS attention of the newest queries to all keys: the step of a decoder
     with a cache, in time `n L`."""
-    check_choice("pool", pool, ("scores", "weights"))
+    check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     n, L = q.shape[-2], k.shape[-2]
     if lengths is None:
         lengths = torch.full((len(q),), L, device=q.device)

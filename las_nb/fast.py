@@ -1125,7 +1125,7 @@ def las_fast(
             F.pad(t, (0, max(D, Dv) - t.shape[3]))
             for t in (q * math.sqrt(max(D, Dv) / D), k, v)
         )
-    check_choice("pool", pool, ("scores", "weights"))
+    check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     if pool == "weights":
         tol = (TOL[q.dtype] if tol is None else tol) / max(1.0, window_gain(window))
         v, window = smooth_values(v, window, causal, lengths), 1

@@ -10,8 +10,13 @@ import difflib, torch
 from typing import Any, Collection
 from .attention import causal_mask, check_qkv, masked_softmax
 from .locality import check_rates, decayed_scores
-from .smoothing import Window, key_mask, smooth_scores, smooth_weights
-from .smoothing import window_weights
+from las_nb.smoothing import (
+    Window,
+    key_mask,
+    smooth_scores,
+    smooth_weights,
+    window_weights,
+)
 
 # %% ../nbs/05_las.ipynb #a6f00ddd
 POOLS = ("scores", "weights")
@@ -47,7 +52,7 @@ def las_weights(
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(B, H, L, L)`, rows sum to one; float32 at least
     "The LaS attention matrix, written down in full."
-    check_choice("pool", pool, ("scores", "weights"))
+    check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     e, L = decayed_scores(q, k, rates), q.shape[-2]  # (B, H, L, L)
     mask = causal_mask(L, q.device) if causal else None
     if lengths is not None:

@@ -24,7 +24,7 @@ __all__ = [
 
 # %% ../nbs/04_smoothing.ipynb #1a5070d3
 import torch, torch.nn.functional as F
-from typing import Sequence
+from collections.abc import Sequence
 from .locality import check_rates
 
 # %% ../nbs/04_smoothing.ipynb #d1592fa7
