@@ -7,33 +7,44 @@ __all__ = ["filter_keys", "LaSVariant"]
 
 # %% ../nbs/19_ablations.ipynb #5228be7e
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from .attention import causal_mask, masked_softmax
 from .las import check_choice
 from .layers import rotate
 from .locality import decayed_scores, distance_matrix
 from .model import LaSAttention, register_mixer
-from .smoothing import smooth_scores, smooth_weights
+from las_nb.smoothing import (
+    Window,
+    edge_scale,
+    real_keys,
+    smooth_scores,
+    smooth_weights,
+    weights_like,
+    window_sum,
+    window_weights,
+)
 
 
 # %% ../nbs/19_ablations.ipynb #9b43a3f1
 def filter_keys(
     k: torch.Tensor,  # keys `(B, H, L, D)`
     taps: torch.Tensor,  # `(H, W)`: weight of the key `t` steps before
+    window: Window | None = None,  # whose scale at the edge to keep; None = a mean's
 ) -> torch.Tensor:  # `(B, H, L, D)`
     """A short causal convolution of the keys; where fewer than W keys exist the sum is
-    scaled up, as a mean over them would be."""
-    W = taps.shape[1]
-    near = F.pad(k, (0, 0, W - 1, 0)).unfold(2, W, 1)  # (B, H, L, D, W), oldest first
-    n = torch.arange(1, k.shape[2] + 1, device=k.device).clamp(max=W)  # (L,)
-    return torch.einsum("bhldw,hw->bhld", near, taps.flip(-1).to(k.dtype)) * (W / n)[
-        :, None
-    ].to(k.dtype)
+    scaled up, as a mean over them would be, or as the `window` is."""
+    W, x = taps.shape[1], k.mT  # (B, H, D, L)
+    w = weights_like(W if window is None else window, x)
+    scale = edge_scale(real_keys(x, None), w, W - 1, 0)  # (L,) or (H, 1, L)
+    y = window_sum(x, W - 1, 0, taps[:, None, None].to(k.dtype))
+    return (y * scale).mT  # (B, H, D, L) -> (B, H, L, D)
 
 
 # %% ../nbs/19_ablations.ipynb #598f8426
 class LaSVariant(LaSAttention):
-    """LaS with parts exchanged, for ablations; causal, its matrices written down, O(L²) time and memory.
+    """LaS with parts exchanged, for ablations; causal, its matrices written down, O(L²)
+    time and memory.
 
     Raises `ValueError` for options that do not go together."""
 
@@ -48,7 +59,7 @@ class LaSVariant(LaSAttention):
         dim: int,  # width; a multiple of `n_heads`
         n_heads: int = 8,  # H
         max_rate: float = 0.1,  # decay rate of the fastest head, per step
-        window: int = 3,  # pooling window W
+        window: Window = 3,  # W, or its weights, newest key first
         pool: str = "scores",  # average "scores" or "weights"
         # of rates over heads: "geometric", "uniform" or "equal"
         spacing: str = "geometric",
@@ -73,46 +84,59 @@ class LaSVariant(LaSAttention):
         if learn in ("rates", "both"):
             self.raw_rates = nn.Parameter(self.rates.clamp_min(1e-4).expm1().log())
         if learn in ("filter", "both"):
-            self.taps = nn.Parameter(torch.full((n_heads, window), 1 / window))
+            w = window_weights(window).detach().float()  # (W,) or (H, W)
+            self.taps = nn.Parameter(w.expand(n_heads, -1).clone())
 
     def current_rates(self) -> torch.Tensor:
         "The rates `(H,)`, as far as they are learned by now."
         return F.softplus(self.raw_rates) if hasattr(self, "raw_rates") else self.rates
 
-    def matrix(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        "Attention weights `(B, H, L, L)`."
-        L, window, rates = k.shape[2], self.window, self.current_rates()
-        if self.rotary:
-            q, k = rotate(q), rotate(k)
-        if hasattr(self, "taps"):
-            lag = torch.arange(window, device=k.device)
-            # (H, W)
-            k, window = filter_keys(k, self.taps * torch.exp(-rates[:, None] * lag)), 1
-        e, seen = decayed_scores(q, k, rates), causal_mask(L, q.device)
-        if self.reach:
-            seen = seen & (distance_matrix(L, q.device) < self.reach)
-        if self.pool == "scores":
-            return masked_softmax(smooth_scores(e, window), seen)
-        return smooth_weights(masked_softmax(e, seen), window)
 
-    def mix(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
-        "The attention matrices times the values: `(B, H, L, D)`."
-        w = self.matrix(q, k)
-        with torch.autocast(v.device.type, enabled=False):
-            return (w @ v.to(w.dtype)).to(v.dtype)
-
-    def weights(
-        self, x: torch.Tensor, lengths: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        "The attention matrices of `x` `(B, L, dim)`: `(B, H, L, L)`."
-        q, k, _ = self.heads(x, lengths)
-        return self.matrix(q, k)
+# %% ../nbs/19_ablations.ipynb #571fe483
+@patch
+def matrix(self: LaSVariant, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    "Attention weights `(B, H, L, L)`."
+    check_choice("pool", self.pool, ("scores", "weights"))  # what this path knows
+    L, window, rates = k.shape[2], self.window, self.current_rates()
+    if self.rotary:
+        q, k = rotate(q), rotate(k)
+    if hasattr(self, "taps"):
+        W = self.taps.shape[1]
+        lag = torch.arange(W, dtype=torch.float64, device=k.device)
+        taps = self.taps * torch.exp(-rates[:, None] * lag)  # (H, W)
+        k, window = filter_keys(k, taps, window), 1
+    e, seen = decayed_scores(q, k, rates), causal_mask(L, q.device)
+    if self.reach:
+        seen = seen & (distance_matrix(L, q.device) < self.reach)
+    if self.pool == "scores":
+        return masked_softmax(smooth_scores(e, window), seen)
+    return smooth_weights(masked_softmax(e, seen), window)
 
 
+# %% ../nbs/19_ablations.ipynb #580b0ff8
+@patch
+def mix(
+    self: LaSVariant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor | None,
+) -> torch.Tensor:
+    "The attention matrices times the values: `(B, H, L, D)`."
+    w = self.matrix(q, k)
+    with torch.autocast(v.device.type, enabled=False):
+        return (w @ v.to(w.dtype)).to(v.dtype)
+
+
+# %% ../nbs/19_ablations.ipynb #b2d39f26
+@patch
+def weights(
+    self: LaSVariant, x: torch.Tensor, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    "The attention matrices of `x` `(B, L, dim)`: `(B, H, L, L)`."
+    q, k, _ = self.heads(x, lengths)
+    return self.matrix(q, k)
+
+
+# %% ../nbs/19_ablations.ipynb #b0b58076
 register_mixer("las-variant", LaSVariant)

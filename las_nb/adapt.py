@@ -8,6 +8,7 @@ __all__ = [
     "slide",
     "share_heads",
     "las_step",
+    "real_span",
     "masked_las_attention",
     "register_las",
 ]
@@ -19,7 +20,7 @@ from .attention import attention_scores, check_qkv, masked_softmax
 from .fast import las_attention
 from .las import POOLS, check_choice
 from .locality import decay_rates
-from .smoothing import smooth_scores, smooth_weights
+from .smoothing import Window, smooth_scores, smooth_weights, window_sides
 
 
 # %% ../nbs/21_adapt.ipynb #05ab6f06
@@ -57,13 +58,14 @@ def las_step(
     k: torch.Tensor,  # keys `(B, H, L, D)`, L >= n
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(B, H, n, D)`
     """Causal LaS attention of the newest queries to all keys: the step of a decoder
     with a cache, in time `n L`."""
+    check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     n, L = q.shape[-2], k.shape[-2]
     if lengths is None:
         lengths = torch.full((len(q),), L, device=q.device)
@@ -80,6 +82,31 @@ def las_step(
         return (w @ v.to(w.dtype)).to(v.dtype)  # (B, H, n, L) @ (B, H, L, D)
 
 
+# %% ../nbs/21_adapt.ipynb #bb470ca6
+def real_span(
+    mask: torch.Tensor,  # boolean `(B, L)`: True = real token
+    B: int,  # number of sequences
+    L: int,  # number of keys
+) -> tuple[torch.Tensor, torch.Tensor]:  # `(B,)` each
+    """Where the real tokens of every sequence begin, and how many they are.
+
+    Raises `ValueError` for other shapes or dtypes, and for a mask with holes (on the
+    CPU, where it is read)."""
+    if mask.shape != (B, L) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be boolean of shape ({B}, {L}), True = real token; "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        begins = mask[:, 1:] & ~mask[:, :-1]  # (B, L - 1)
+        if bool(begins.sum(-1).add(mask[:, 0]).gt(1).any()):
+            raise ValueError(
+                "mask has padding between real tokens; LaS needs each sequence in one "
+                "piece"
+            )
+    return mask.int().argmax(-1), mask.sum(-1).clamp_min(1)
+
+
 # %% ../nbs/21_adapt.ipynb #da0126e2
 def masked_las_attention(
     q: torch.Tensor,  # queries `(B, H, n, D)`: of all positions, or of the last n
@@ -89,22 +116,19 @@ def masked_las_attention(
     rates: torch.Tensor | tuple[float, ...],
     # boolean `(B, L)`: True = real token; padding on either side or both
     mask: torch.Tensor | None = None,
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     causal: bool = True,  # attend to the past only?
     **options: Any,  # further arguments of las_attention
 ) -> torch.Tensor:  # `(B, H, n, D)`; meaningless at padded positions
-    """LaS attention as decoders call it: grouped heads, a key-padding mask, and queries of the newest tokens alone.
+    """LaS attention as decoders call it: grouped heads, a key-padding mask, and queries
+    of the newest tokens alone.
 
-    Raises `ValueError` for shapes that do not fit, a mask with holes (on the CPU, where it is read), or fewer queries
-    than keys when not causal."""
+    Raises `ValueError` for shapes that do not fit, a mask with holes (on the CPU, where
+    it is read), or fewer queries than keys when not causal."""
     check_choice("pool", pool, POOLS)
-    k, v, n, L = (
-        share_heads(k, q.shape[1]),
-        share_heads(v, q.shape[1]),
-        q.shape[-2],
-        k.shape[-2],
-    )
+    n, L = q.shape[-2], k.shape[-2]
+    k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
     if n > L or n < L and not causal:
         raise ValueError(
             "fewer queries than keys need causal=True, more are never allowed; got "
@@ -112,33 +136,13 @@ def masked_las_attention(
         )
     lengths = start = None
     if mask is not None:
-        if mask.shape != (len(q), L) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask must be boolean of shape ({len(q)}, {L}), True = real token; "
-                f"got {mask.dtype} {tuple(mask.shape)}"
-            )
-        start, lengths = mask.int().argmax(-1), mask.sum(-1).clamp_min(1)  # (B,), (B,)
-        if (
-            mask.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and bool((mask[:, 1:] & ~mask[:, :-1]).sum(-1).add(mask[:, 0]).gt(1).any())
-        ):
-            raise ValueError(
-                "mask has padding between real tokens; LaS needs each sequence in one "
-                "piece"
-            )
+        start, lengths = real_span(mask, len(q), L)
         k, v = slide(k, start), slide(v, start)
     if n < L:
         check_qkv(k, k, v)
-        return las_step(
-            q,
-            k,
-            v,
-            torch.as_tensor(rates, device=q.device),
-            window,
-            pool,
-            None if start is None else L - start,
-        )
+        rates = torch.as_tensor(rates, dtype=torch.float64, device=q.device)
+        lengths = None if start is None else L - start
+        return las_step(q, k, v, rates, window, pool, lengths)
     if start is not None:
         q = slide(q, start)
     o = las_attention(q, k, v, rates, window, pool, causal, lengths, **options)
@@ -154,7 +158,7 @@ def register_las(
     name: str = "las",  # what set_attn_implementation will call it
     # decay rate of the fastest head, per step (half-life 6.9); 0 = no locality
     max_rate: float = 0.1,
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     spacing: str = "geometric",  # how rates spread over heads; see decay_rates
     **options: Any,  # further arguments of las_attention
@@ -171,6 +175,7 @@ def register_las(
         lambda n_heads: tuple(decay_rates(n_heads, max_rate, spacing).tolist())
     )
     rates(1)
+    window_sides(window)
     check_choice("pool", pool, POOLS)
 
     def las(module, q, k, v, mask, scaling=None, dropout=0.0, is_causal=None, **kwargs):

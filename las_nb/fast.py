@@ -23,6 +23,8 @@ __all__ = [
     "far_delta",
     "Band",
     "far_field",
+    "add_far",
+    "far_gradients",
     "DecayedWindows",
     "one_sided",
     "score_bounds",
@@ -36,11 +38,15 @@ __all__ = [
     "between",
     "two_sided",
     "compiled_flex",
+    "check_flex",
+    "flex_plain",
+    "flex_sides",
     "flex_attend",
     "Group",
     "cost",
     "join_groups",
     "is_small",
+    "ways",
     "plan",
     "round_up",
     "plan_call",
@@ -48,9 +54,14 @@ __all__ = [
     "attend",
     "fold_chunks",
     "unfold_chunks",
+    "chunk_lengths",
+    "window_gain",
+    "of_heads",
     "las_fast",
     "check_limits",
     "check_call",
+    "takes_matrix",
+    "clean_inputs",
     "las_attention",
 ]
 
@@ -58,15 +69,20 @@ __all__ = [
 import functools, math, torch, torch.nn.functional as F
 from typing import Any, Callable, NamedTuple, Sequence
 from .attention import check_qkv
-from .las import POOLS, check_choice, las_dense
+from .las import check_choice, las_dense
 from .locality import check_rates
 from las_nb.smoothing import (
+    Window,
+    edge_scale,
+    is_one,
     key_mask,
     real_keys,
     smooth_keys,
     smooth_values,
+    turned,
+    weights_like,
     window_sides,
-    window_sum,
+    window_weights,
 )
 
 # %% ../nbs/06_fast.ipynb #2649f8b3
@@ -301,7 +317,8 @@ def far_error(
     """Largest error of an output when far keys are approximated: `2 eps / (1 - eps)`;
     infinite where nothing is promised."""
     eps = math.expm1(delta) if order == 0 else delta**2 * math.exp(delta) / 2
-    return 2 * eps / (1 - eps) if eps < 1 and (order == 0 or delta < 0.5) else math.inf
+    promised = eps < 1 and (order == 0 or delta < 0.5)
+    return 2 * eps / (1 - eps) if promised else math.inf
 
 
 # %% ../nbs/06_fast.ipynb #8e0eac73
@@ -362,6 +379,37 @@ def far_field(
     return (total + y[..., :-1]) / weight[..., None], weight.log()
 
 
+# %% ../nbs/06_fast.ipynb #79f56dcd
+def add_far(
+    o: torch.Tensor,  # output of the near keys `(B, H, n, b, D)`
+    lse: torch.Tensor,  # log of their denominators `(B, H, n, b)`
+    far_o: torch.Tensor,  # mean of the far values `(B, H, n, 1 or b, D)`
+    far_lse: torch.Tensor,  # their log weight `(B, H, n, 1 or b)`
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Output, and log of the denominators, of near and far keys together."
+    both = torch.logaddexp(lse, far_lse)
+    near, far = (lse - both).exp()[..., None], (far_lse - both).exp()[..., None]
+    return (o * near + far_o * far).to(o.dtype), both
+
+
+# %% ../nbs/06_fast.ipynb #14555dc0
+def far_gradients(
+    g: torch.Tensor,  # gradient of `o`
+    g_lse: torch.Tensor | None,  # gradient of `lse`
+    o: torch.Tensor,  # the whole output `(B, H, n, b, D)`
+    lse: torch.Tensor,  # log of the whole denominators `(B, H, n, b)`
+    far_o: torch.Tensor,  # mean of the far values `(B, H, n, 1 or b, D)`
+    far_lse: torch.Tensor,  # their log weight `(B, H, n, 1 or b)`
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Gradients of the far part's mean and log weight."
+    share = (far_lse - lse).exp()  # (B, H, n, b)
+    g_far = (g * (far_o - o)).sum(-1) + (0 if g_lse is None else g_lse)
+    return (
+        (g * share[..., None]).sum_to_size(far_o.shape),
+        (g_far * share).sum_to_size(far_lse.shape),
+    )
+
+
 # %% ../nbs/06_fast.ipynb #f479b66a
 class DecayedWindows(torch.autograd.Function):
     """Blocks of queries attend to their windows of keys, and to a far part given by its
@@ -385,11 +433,7 @@ class DecayedWindows(torch.autograd.Function):
         o, lse, ctx.rest = flash(*x, scale)
         o, lse = o.unflatten(0, N), lse.unflatten(0, N)  # (B, H, n, b, D), (B, H, n, b)
         if far_o is not None:
-            near, lse = lse, torch.logaddexp(lse, far_lse)
-            o = (
-                o * (near - lse).exp()[..., None]
-                + far_o * (far_lse - lse).exp()[..., None]
-            ).to(q.dtype)
+            o, lse = add_far(o, lse, far_o, far_lse)
         ctx.save_for_backward(q, k, v, rates, far_o, far_lse, o, lse)
         ctx.b = b
         return o.flatten(2, 3), lse.flatten(2, 3)  # (B, H, n * b, D), (B, H, n * b)
@@ -418,17 +462,8 @@ class DecayedWindows(torch.autograd.Function):
         gv = overlap_add(gv, b)
         if far_o is None:
             return gq, gk, gv, None, None, None, None
-        w = (far_lse - lse).exp()  # (B, H, n, b): the far part's share
-        g_far_lse = ((g * (far_o - o)).sum(-1) + (0 if g_lse is None else g_lse)) * w
-        return (
-            gq,
-            gk,
-            gv,
-            None,
-            None,
-            (g * w[..., None]).sum_to_size(far_o.shape),
-            g_far_lse.sum_to_size(far_lse.shape),
-        )
+        far = far_gradients(g, g_lse, o, lse, far_o, far_lse)
+        return gq, gk, gv, None, None, *far
 
 
 # %% ../nbs/06_fast.ipynb #f72471a2
@@ -557,28 +592,27 @@ def diagonal_scores(
     q: torch.Tensor,
     k: torch.Tensor,
     rates: torch.Tensor,
-    past: int,
-    future: int,
+    window: Window,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Smoothed scores of the keys whose windows reach to both sides of the query, `(T,
     B, H, L)`: key `i + t` for `t` from `1 - future` to `past - 1`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    # (H, 1); (L,) or (B, 1, L)
-    alpha = rates.to(q.device, torch.float64)[:, None]
-    real = real_keys(q[..., 0], lengths)
-    n = window_sum(real, past, future).clamp_min(1)  # keys in every window
     q, k = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide)
-    # (B, H, L) each
-    e = {
-        t: torch.exp(-alpha * abs(t)).to(wide) * (q * shift(k, t, -2)).sum(-1)
-        for t in range(1 - future - past, past + future)
-    }
-    rows = []
+    past, future = window_sides(window, False)
+    w = weights_like(window, q)  # (W,) or (H, 1, 1, W)
+    real = real_keys(q.mT[..., :1, :], lengths)  # (L,) or (B, 1, 1, L)
+    scale = edge_scale(real, w, past, future)  # (L,), or up to (B, H, 1, L)
+    alpha = rates.to(q.device, torch.float64)[:, None, None]
+    e, rows = {}, []
+    for t in range(1 - future - past, past + future):
+        s = (q * shift(k, t, -2)).sum(-1)[:, :, None]  # (B, H, 1, L)
+        e[t] = torch.exp(-alpha * abs(t)).to(wide) * s
     for t in range(1 - future, past):
-        s = sum(e[t + u] for u in range(-past, future + 1)) / shift(n, t).clamp_min(1)
+        s = sum(w[..., future - u] * e[t + u] for u in range(-past, future + 1))
+        s = s * shift(scale, t)
         rows.append(s.masked_fill(shift(real, t) == 0, -math.inf))
-    return torch.stack(rows)
+    return torch.stack(rows)[:, :, :, 0]
 
 
 # %% ../nbs/06_fast.ipynb #4d83fed0
@@ -587,14 +621,14 @@ def between(
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
-    past: int,  # keys before, in the window of a key
-    future: int,  # keys after
+    window: Window,  # W, or its weights, newest key first
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys of `diagonal_scores`: output `(B, H, L, D)`, log of the
     denominators `(B, H, L)`."""
-    s = diagonal_scores(q, k, rates, past, future, lengths)  # (T, B, H, L)
+    past, future = window_sides(window, False)
+    s = diagonal_scores(q, k, rates, window, lengths)  # (T, B, H, L)
     lse = s.logsumexp(0)
     # rows without a key: all zeros
     w = (s - lse.clamp_min(torch.finfo(s.dtype).min)).exp()
@@ -610,7 +644,7 @@ def two_sided(
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
-    window: int,  # pooling window W
+    window: Window,  # W, or its weights, newest key first
     # how keys are cut into near and far ones; None = all are near
     band: Band | None = None,
     # true lengths `(B,)` of right-padded sequences
@@ -627,11 +661,9 @@ def two_sided(
         g, L = gap[before], q.shape[2]
         if g >= L:
             continue
-        keys = rescale(
-            smooth_keys(a[1], rates, window, ahead, lengths),
-            rates,
-            torch.tensor([ahead - g], dtype=torch.float64, device=q.device),
-        )
+        near = torch.tensor([ahead - g], dtype=torch.float64, device=q.device)
+        taps = window if before else turned(window)
+        keys = rescale(smooth_keys(a[1], rates, taps, ahead, lengths), rates, near)
         o, lse = one_sided(
             a[0][:, :, g:],
             keys[:, :, : L - g],
@@ -646,7 +678,7 @@ def two_sided(
             else (flip_real(o, lengths), flip_real(lse[..., None], lengths)[..., 0])
         )
     if 1 - future < past:
-        parts.append(between(q, k, v, rates, past, future, lengths))
+        parts.append(between(q, k, v, rates, window, lengths))
     return merge(parts)
 
 
@@ -659,13 +691,78 @@ def compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention)
 
 
+# %% ../nbs/06_fast.ipynb #fa05b8ba
+def check_flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window
+) -> None:
+    "Raise `ValueError` for what FlexAttention cannot do."
+    if q.dtype == torch.float64:
+        raise ValueError(
+            "method 'flex' takes float32 and half precision; use 'linear' or 'dense' "
+            "for float64"
+        )
+    tensors = [t for t in (q, k, v, window) if isinstance(t, torch.Tensor)]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if q.device.type == "cpu" and learns:
+        raise ValueError(
+            "method 'flex' has no backward on the CPU: use 'auto', or torch.no_grad()"
+        )
+
+
+# %% ../nbs/06_fast.ipynb #287a3156
+def flex_plain(
+    alpha: torch.Tensor,  # decay rate per head `(H,)`
+    ends: torch.Tensor,  # true lengths `(B,)`
+    causal: bool,  # may query `i` see keys `j <= i` only?
+) -> tuple[Callable[..., torch.Tensor], ...]:  # of score, and of what is seen
+    "Formulas for decayed scores, with nothing left to smooth."
+
+    def score(s, b, h, i, j):
+        return s * torch.exp(-alpha[h] * (i - j).abs())
+
+    def seen(b, h, i, j):
+        return j <= i if causal else j < ends[b]
+
+    return score, seen
+
+
+# %% ../nbs/06_fast.ipynb #8aabf3ad
+def flex_sides(
+    alpha: torch.Tensor,  # decay rate per head `(H,)`
+    ends: torch.Tensor,  # true lengths `(B,)`
+    L: int,  # sequence length
+    past: int,  # keys before, in the window of a key
+    future: int,  # keys after
+    middle: torch.Tensor | None,  # of diagonal_scores `(B, H, L, T)`, if there are any
+) -> tuple[Callable[..., torch.Tensor], ...]:  # of score, and of what is seen
+    """Formulas for two sets of keys: the first `L` smoothed for queries after them, the
+    others for queries before them."""
+
+    def score(s, b, h, i, j):
+        d = torch.where(j < L, i - j - future, j - L - past - i)
+        e = s * torch.exp(-alpha[h] * d.clamp(min=0))
+        if middle is None:
+            return e
+        t = (j - i + future - 1).clamp(0, middle.shape[-1] - 1)
+        return torch.where((d < 0) & (j < L), middle[b, h, i, t], e)
+
+    def seen(b, h, i, j):
+        return torch.where(
+            j < L,
+            (j < i + max(past, 1 - future)) & (j < ends[b]),
+            (j - L >= i + past) & (j - L < ends[b]),
+        )
+
+    return score, seen
+
+
 # %% ../nbs/06_fast.ipynb #0804cb1e
 def flex_attend(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
-    window: int = 1,  # pooling window W
+    window: Window = 1,  # W, or its weights, newest key first
     causal: bool = True,  # may query `i` see keys `j <= i` only?
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
@@ -674,70 +771,26 @@ def flex_attend(
     comes smoothed, and `window` is 1."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if q.dtype == torch.float64:
-        raise ValueError(
-            "method 'flex' takes float32 and half precision; use 'linear' or 'dense' "
-            "for float64"
-        )
-    if (
-        q.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in (q, k, v))
-    ):
-        raise ValueError(
-            "method 'flex' has no backward on the CPU: use 'auto', or torch.no_grad()"
-        )
+    check_flex(q, k, v, window)
     B, _, L, _ = q.shape
-    past, future = (0, 0) if causal else window_sides(window, False)
     alpha = rates.to(q.device, torch.float32)
-    ends = (
-        torch.full((B,), L, device=q.device)
-        if lengths is None
-        else lengths.to(q.device)
-    )
-    if window == 1:
-
-        def score(s, b, h, i, j):
-            return s * torch.exp(-alpha[h] * (i - j).abs())
-
-        def seen(b, h, i, j):
-            return j <= i if causal else j < ends[b]
-    # two sets of keys: smoothed for queries after them, and for queries before them
+    ends = torch.full((B,), L) if lengths is None else lengths
+    ends = ends.to(q.device)
+    if is_one(window):
+        score, seen = flex_plain(alpha, ends, causal)
     else:
-        # (B, H, L, T)
-        middle = (
-            diagonal_scores(q, k, rates, past, future, lengths).movedim(0, -1)
-            if 1 - future < past
-            else None
-        )
-        ahead = flip_real(
-            smooth_keys(flip_real(k, lengths), rates, window, past, lengths), lengths
-        )
-        k = torch.cat([smooth_keys(k, rates, window, future, lengths), ahead], 2)
+        past, future = window_sides(window, False)
+        middle = None
+        if 1 - future < past:
+            # (T, B, H, L) -> (B, H, L, T)
+            middle = diagonal_scores(q, k, rates, window, lengths).movedim(0, -1)
+        back = flip_real(k, lengths)
+        ahead = smooth_keys(back, rates, turned(window), past, lengths)
+        behind = smooth_keys(k, rates, window, future, lengths)
+        k = torch.cat([behind, flip_real(ahead, lengths)], 2)  # (B, H, 2 * L, D)
         v = torch.cat([v, v], 2)
-
-        def score(s, b, h, i, j):
-            d = torch.where(j < L, i - j - future, j - L - past - i)
-            e = s * torch.exp(-alpha[h] * d.clamp(min=0))
-            return (
-                e
-                if middle is None
-                else torch.where(
-                    (d < 0) & (j < L),
-                    middle[
-                        b, h, i, (j - i + future - 1).clamp(0, middle.shape[-1] - 1)
-                    ],
-                    e,
-                )
-            )
-
-        def seen(b, h, i, j):
-            return torch.where(
-                j < L,
-                (j < i + max(past, 1 - future)) & (j < ends[b]),
-                (j - L >= i + past) & (j - L < ends[b]),
-            )
-
+        score, seen = flex_sides(alpha, ends, L, past, future, middle)
+    # causal masks are the same in all sequences
     mask = create_block_mask(
         seen, None if causal else B, None, L, k.shape[2], device=q.device
     )
@@ -790,8 +843,9 @@ def join_groups(
     that `fits` and a call of its own has a higher `price`."""
     joined = []
     for method in ("sdpa", "dense"):
-        if heads := tuple(h for g in groups if g.method == method for h in g.heads):
-            joined.append(Group(method, heads))
+        alike = [g.heads for g in groups if g.method == method]
+        if alike:
+            joined.append(Group(method, sum(alike, ())))
     for g in (g for g in groups if g.band):
         last = joined[-1] if joined and joined[-1].band else None
         both = last and Group(last.method, last.heads + g.heads, last.band)
@@ -812,6 +866,34 @@ def is_small(B: int, H: int, L: int, D: int) -> bool:
     return L <= 32 or 2 * L <= 3 * D or B * H * L <= 512
 
 
+# %% ../nbs/06_fast.ipynb #7f8d83dd
+def ways(
+    h: int,  # which head
+    rate: float,  # its alpha, per step
+    L: int,  # sequence length
+    bound: float,  # its S: no score is larger, in absolute value
+    method: str,  # "auto", "sdpa" or "linear"
+    tol: float,  # error allowed, relative to the largest value
+    dtype: torch.dtype,  # of the queries
+    unit: int,  # blocks are multiples of it
+) -> list[Group]:
+    """How a head can be computed without its matrix; raises `ValueError` when method is
+    "sdpa" and the rate is too large for it."""
+    limit, found = safe_limit(dtype, bound), []
+    if rate * L <= limit:
+        found.append(Group("sdpa", (h,)))
+    elif method == "sdpa":
+        raise ValueError(
+            f"method 'sdpa' needs rate * L <= {limit:.0f} in {str(dtype)[6:]}; "
+            f"head {h} has {rate:.3g} * {L}: use 'linear' or 'auto'"
+        )
+    if method != "sdpa":
+        for order in (0, 1):
+            band = fit_band(rate, L, bound, tol, order, dtype, unit)
+            found += [Group("linear", (h,), band)] if band else []
+    return found
+
+
 # %% ../nbs/06_fast.ipynb #698cb41a
 def plan(
     rates: tuple[float, ...],  # decay rate of every head, per step
@@ -826,7 +908,8 @@ def plan(
     batch: int = 1,  # B
     width: int = 32,  # D
 ) -> list[Group]:  # which heads are computed together, and how
-    """Pick a method for every head: torch's attention, near and far keys, or the matrix.
+    """Pick a method for every head: torch's attention, near and far keys, or the
+    matrix.
 
     Raises `ValueError` when method is "sdpa" and a rate is too large for it."""
     H, tol = len(rates), TOL[dtype] if tol is None else tol
@@ -837,39 +920,10 @@ def plan(
     costs = COSTS["linear"] if method == "linear" else COSTS.get(device, COSTS["cuda"])
     bounds = bounds or (1.0,) * H
     price = functools.partial(cost, L=L, batch=batch, costs=costs)
-    best = []
+    unit, best = 16 if device == "cpu" else 64, []
     for h in sorted(range(H), key=lambda h: rates[h]):
-        exact, limit = [], safe_limit(dtype, bounds[h])
-        if rates[h] * L <= limit:
-            exact = [Group("sdpa", (h,))]
-        elif method == "sdpa":
-            raise ValueError(
-                f"method 'sdpa' needs rate * L <= {limit:.0f} in {str(dtype)[6:]}; "
-                f"head {h} has {rates[h]:.3g} * {L}: use 'linear' or 'auto'"
-            )
-        bands = (
-            []
-            if method == "sdpa"
-            else [
-                fit_band(
-                    rates[h],
-                    L,
-                    bounds[h],
-                    tol,
-                    order,
-                    dtype,
-                    16 if device == "cpu" else 64,
-                )
-                for order in (0, 1)
-            ]
-        )
-        best.append(
-            min(
-                exact + [Group("linear", (h,), band) for band in bands if band],
-                key=price,
-                default=Group("dense", (h,)),
-            )
-        )
+        found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
+        best.append(min(found, key=price, default=Group("dense", (h,))))
     return join_groups(
         best, lambda band, h: serves(band, rates[h], bounds[h], tol, dtype), price
     )
@@ -890,6 +944,7 @@ def plan_call(
     method: str,  # see las_attention
     tol: float | None,  # error allowed; None = `TOL`
     score_bound: float | tuple[float, ...] | None,  # see las_attention
+    gain: float = 1.0,  # how many times larger smoothed scores may be
     # the plan; a boolean, only while compiling
 ) -> tuple[list[Group], torch.Tensor | None]:
     """The plan of a call, and whether scores keep to `score_bound`; without one, they
@@ -911,15 +966,14 @@ def plan_call(
             g.method != "linear" for g in groups
         ):
             return groups, None
-        return make(
-            bounds=tuple(round_up(s) for s in score_bounds(q, k).tolist())
-        ), None
+        found = score_bounds(q, k).tolist()
+        return make(bounds=tuple(round_up(s * gain) for s in found)), None
     bounds = (
         tuple(score_bound)
         if isinstance(score_bound, (tuple, list))
         else (score_bound,) * len(rates)
     )
-    groups = make(bounds=bounds)
+    groups = make(bounds=tuple(s * gain for s in bounds))
     if not any(g.band for g in groups):
         return groups, None
     found = score_bounds(q, k)
@@ -942,7 +996,7 @@ def plain_sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    window: int,
+    window: Window,
     causal: bool,
     lengths: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -966,7 +1020,7 @@ def attend(
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
-    window: int,  # pooling window W
+    window: Window,  # W, or its weights, newest key first
     causal: bool,  # may query `i` see keys `j <= i` only?
     lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
     decays: bool = True,  # is any rate above 0?
@@ -1010,6 +1064,44 @@ def unfold_chunks(x: torch.Tensor, B: int, L: int) -> torch.Tensor:
     return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :L]
 
 
+# %% ../nbs/06_fast.ipynb #c55ee098
+def chunk_lengths(
+    lengths: torch.Tensor | None,  # true lengths `(B,)`, if right-padded
+    B: int,  # number of sequences
+    L: int,  # padded length
+    chunk: int,  # block length
+    device: torch.device,  # where to make them
+) -> torch.Tensor | None:  # `(B * n,)`; `None` where all blocks are full
+    "True lengths of all blocks; a block of padding counts one position."
+    if lengths is None and L % chunk == 0:
+        return None
+    if lengths is None:
+        lengths = torch.full((B,), L, device=device)
+    start = torch.arange(0, L, chunk, device=lengths.device)  # (n,)
+    # (B, n) -> (B * n,)
+    return (lengths[:, None] - start).clamp(1, chunk).flatten()
+
+
+# %% ../nbs/06_fast.ipynb #d8f2aa35
+def window_gain(window: Window) -> float:
+    """How many times larger than its entries an average may be: the sum of the sizes of
+    its weights, in the head where that is largest; 1 for a mean."""
+    if isinstance(window, int):
+        return 1.0
+    rows = window.tolist() if isinstance(window, torch.Tensor) else window
+    rows = rows if isinstance(rows[0], (list, tuple)) else [rows]
+    return max(sum(abs(w) for w in row) for row in rows)
+
+
+# %% ../nbs/06_fast.ipynb #f3fd3502
+def of_heads(window: Window, heads: Sequence[int]) -> Window:
+    "The window of some heads: their rows, where every head has weights of its own."
+    if isinstance(window, int):
+        return window
+    w = window_weights(window)
+    return w if w.ndim == 1 else w[list(heads)]
+
+
 # %% ../nbs/06_fast.ipynb #bc9c02b1
 def las_fast(
     q: torch.Tensor,  # queries `(B, H, L, D)`
@@ -1017,7 +1109,7 @@ def las_fast(
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
     speeds: tuple[float, ...],  # the rates as numbers
-    window: int,  # pooling window W
+    window: Window,  # W, or its weights, newest key first
     pool: str,  # average "scores" or "weights"
     causal: bool,  # may query `i` see keys `j <= i` only?
     lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
@@ -1033,9 +1125,12 @@ def las_fast(
             F.pad(t, (0, max(D, Dv) - t.shape[3]))
             for t in (q * math.sqrt(max(D, Dv) / D), k, v)
         )
-    groups, kept = plan_call(q, k, speeds, method, tol, score_bound)
+    check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     if pool == "weights":
+        tol = (TOL[q.dtype] if tol is None else tol) / max(1.0, window_gain(window))
         v, window = smooth_values(v, window, causal, lengths), 1
+    gain = window_gain(window)
+    groups, kept = plan_call(q, k, speeds, method, tol, score_bound, gain)
     if causal:
         k, window = smooth_keys(k, rates, window), 1
     # torch's CPU kernel takes every row as dense, unchecked
@@ -1045,13 +1140,11 @@ def las_fast(
         q, k, v, rates = *(t[:, heads] for t in (q, k, v)), rates[heads]
     sizes = [len(g.heads) for g in groups]
     pieces = zip(groups, *(t.split(sizes, 1) for t in (q, k, v)), rates.split(sizes))
-    o = torch.cat(
-        [
-            attend(g, *piece, window, causal, lengths, any(speeds[h] for h in g.heads))
-            for g, *piece in pieces
-        ],
-        1,
-    )
+    outputs = []
+    for g, *piece in pieces:
+        w, decays = of_heads(window, g.heads), any(speeds[h] for h in g.heads)
+        outputs.append(attend(g, *piece, w, causal, lengths, decays))
+    o = torch.cat(outputs, 1)
     if heads != list(range(H)):
         o = o[:, sorted(range(H), key=heads.__getitem__)]
     if kept is not None:
@@ -1110,6 +1203,33 @@ def check_call(
         raise ValueError(f"gradients of rates need method 'dense'; got {method!r}")
 
 
+# %% ../nbs/06_fast.ipynb #765ad523
+def takes_matrix(q: torch.Tensor, rates: torch.Tensor, method: str) -> bool:
+    "Is the whole call a matter for las_dense?"
+    if method == "auto":
+        return rates.requires_grad or is_small(*q.shape)
+    return method == "dense"
+
+
+# %% ../nbs/06_fast.ipynb #29064912
+def clean_inputs(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    window: Window,  # W, or its weights, newest key first
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+) -> tuple[torch.Tensor, ...]:  # q, k, v
+    "Inputs with their padding cleared; raises `ValueError` for what does not fit."
+    check_qkv(q, k, v)
+    check_rates(rates, q.shape[1])
+    window_weights(window, q.shape[1])
+    if lengths is None:
+        return q, k, v
+    real = key_mask(lengths, q.shape[0], q.shape[2], q.device)  # (B, L)
+    return tuple(t.masked_fill(~real[:, None, :, None], 0) for t in (q, k, v))
+
+
 # %% ../nbs/06_fast.ipynb #08e58dbb
 def las_attention(
     q: torch.Tensor,  # queries `(B, H, L, D)`
@@ -1117,7 +1237,7 @@ def las_attention(
     v: torch.Tensor,  # values `(B, H, L, D)`
     # decay rate per head `(H,)`, per step; see decay_rates
     rates: torch.Tensor | tuple[float, ...],
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     # average "scores" (before the softmax) or "weights" (after it)
     pool: str = "scores",
     causal: bool = True,  # may query `i` see keys `j <= i` only?
@@ -1125,80 +1245,39 @@ def las_attention(
     lengths: torch.Tensor | None = None,
     # "dense", "sdpa", "flex" or "linear"; "auto" picks per head, see plan
     method: str = "auto",
-    # error allowed where far keys are approximated, relative to the largest value; None
-    # = `TOL`
+    # error allowed for far keys, relative to the largest value; None = `TOL`
     tol: float | None = None,
-    # S, one for all heads or one for each: no score is larger, in absolute value; None
-    # = measured
+    # S, for all heads or each: no score is larger before smoothing; None = measured
     score_bound: float | tuple[float, ...] | None = None,
     # block length of LaS-chunk: attention stays inside blocks; None = one block
     chunk: int | None = None,
 ) -> torch.Tensor:  # `(B, H, L, D)`, the dtype of `v`; meaningless at padded positions
-    """Local and smooth attention; with `window=1` and all rates 0 it is plain attention.
+    """Local and smooth attention; plain attention with `window=1` and all rates 0.
 
-    "dense" writes the matrix down; "sdpa" and "flex" compute the same without it; "linear", and "auto" where it pays,
-    keep the error below `tol`, and with a fixed `score_bound` each output depends on its own past only, bit for bit.
-    Gradients reach q, k and v; those of `rates` need "dense" (which "auto" then takes). Raises `ValueError` for
-    arguments that are not allowed, a rate too large for "sdpa", or scores above `score_bound` (compiled: NaN).
-    Source: Zimerman and Wolf (2023), arXiv 2311.16620 (pool="scores"), and PMLR 235:62815 (pool="weights")."""
+    "dense" writes the matrix down; "sdpa" and "flex" compute the same without it;
+    "linear", and "auto" where it pays, keep the error below `tol`, and with a fixed
+    `score_bound` each output depends on its own past only, bit for bit. Gradients reach
+    q, k, v and a tensor of a window's weights; those of `rates` need "dense" (which
+    "auto" then takes). Raises `ValueError` for arguments that are not allowed, a rate
+    too large for "sdpa", or scores above `score_bound` (compiled: NaN).
+    Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     check_call(q, rates, method, tol, score_bound, chunk)
-    B, H, L, D = q.shape
+    B, L, speeds = q.shape[0], q.shape[2], None
     # rates as numbers: a plan needs them, a GPU must not be asked
-    speeds = None if isinstance(rates, torch.Tensor) else tuple(rates)
-    if speeds:
+    if not isinstance(rates, torch.Tensor):
+        speeds = tuple(rates)
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
-    dense = (
-        method == "dense"
-        or method == "auto"
-        and (rates.requires_grad or is_small(*q.shape))
-    )
-    if dense and (chunk is None or chunk >= L):
+    whole = chunk is None or chunk >= L
+    if whole and takes_matrix(q, rates, method):
         return las_dense(q, k, v, rates, window, pool, causal, lengths)
-    check_qkv(q, k, v)
-    check_rates(rates, H)
-    window_sides(window)
-    check_choice("pool", pool, POOLS)
-    if lengths is not None:
-        padding = ~key_mask(lengths, B, L, q.device)[:, None, :, None]  # (B, 1, L, 1)
-        q, k, v = (t.masked_fill(padding, 0) for t in (q, k, v))
-    if chunk is not None and chunk < L:
-        if lengths is None and L % chunk:
-            lengths = torch.full((B,), L, device=q.device)
-        # (B * n,)
-        if lengths is not None:
-            lengths = (
-                (
-                    lengths[:, None]
-                    - chunk * torch.arange(-(-L // chunk), device=lengths.device)
-                )
-                .clamp(1, chunk)
-                .flatten()
-            )
-        o = las_attention(
-            *(fold_chunks(t, chunk) for t in (q, k, v)),
-            speeds or rates,
-            window,
-            pool,
-            causal,
-            lengths,
-            method,
-            tol,
-            score_bound,
-        )
-        return unfold_chunks(o, B, L)
+    q, k, v = clean_inputs(q, k, v, rates, window, lengths)
+    if not whole:
+        blocks = (fold_chunks(t, chunk) for t in (q, k, v))
+        n = chunk_lengths(lengths, B, L, chunk, q.device)
+        options = window, pool, causal, n, method, tol, score_bound
+        return unfold_chunks(las_attention(*blocks, speeds or rates, *options), B, L)
+    speeds = speeds or tuple(rates.tolist())
+    options = window, pool, causal, lengths, method, tol, score_bound
     # the inputs' own dtype, in every step
     with torch.autocast(q.device.type, enabled=False):
-        return las_fast(
-            q,
-            k,
-            v,
-            rates,
-            speeds or tuple(rates.tolist()),
-            window,
-            pool,
-            causal,
-            lengths,
-            method,
-            tol,
-            score_bound,
-        )
+        return las_fast(q, k, v, rates, speeds, *options)

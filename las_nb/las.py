@@ -10,7 +10,13 @@ import difflib, torch
 from typing import Any, Collection
 from .attention import causal_mask, check_qkv, masked_softmax
 from .locality import check_rates, decayed_scores
-from .smoothing import key_mask, smooth_scores, smooth_weights, window_sides
+from las_nb.smoothing import (
+    Window,
+    key_mask,
+    smooth_scores,
+    smooth_weights,
+    window_weights,
+)
 
 # %% ../nbs/05_las.ipynb #a6f00ddd
 POOLS = ("scores", "weights")
@@ -38,7 +44,7 @@ def las_weights(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see decay_rates
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     # average "scores" (before the softmax) or "weights" (after it)
     pool: str = "scores",
     causal: bool = True,  # may query `i` see keys `j <= i` only?
@@ -46,7 +52,7 @@ def las_weights(
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(B, H, L, L)`, rows sum to one; float32 at least
     "The LaS attention matrix, written down in full."
-    check_choice("pool", pool, POOLS)
+    check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     e, L = decayed_scores(q, k, rates), q.shape[-2]  # (B, H, L, L)
     mask = causal_mask(L, q.device) if causal else None
     if lengths is not None:
@@ -63,32 +69,33 @@ def las_dense(
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see decay_rates
-    window: int = 3,  # pooling window W; 1 = no smoothing
+    window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     # average "scores" (before the softmax) or "weights" (after it)
     pool: str = "scores",
     causal: bool = True,  # may query `i` see keys `j <= i` only?
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(B, H, L, D)`, the dtype of `v`; meaningless at padded positions
-    """Local and smooth attention with its matrix written down; with `window=1` and all rates 0 it is plain attention.
+    """Local and smooth attention with its matrix written down; with `window=1` and all
+    rates 0 it is plain attention.
 
     The reference for everything faster. Time and memory grow with the square of `L`.
+    Gradients reach q, k, v, and tensors of rates and of a window's weights.
 
-    Raises `ValueError` for shapes, dtypes, rates, windows, lengths or names that are not allowed.
-    Source: Zimerman and Wolf (2023), arXiv 2311.16620 (pool="scores"), and PMLR 235:62815 (pool="weights")."""
+    Raises `ValueError` for shapes, dtypes, rates, windows, lengths or names that are
+    not allowed.
+    Source: Zimerman and Wolf (2023), arXiv 2311.16620 (pool="scores"), and PMLR
+    235:62815 (pool="weights")."""
     if q.ndim != 4:
         raise ValueError(
             f"q, k and v must have shape (B, H, L, D); got q {tuple(q.shape)}"
         )
     check_qkv(q, k, v)
     check_rates(rates, q.shape[1])
-    window_sides(window)
+    window_weights(window, q.shape[1])
     if lengths is not None:
-        # (B, 1, L, 1)
-        padding = ~key_mask(lengths, q.shape[0], q.shape[-2], q.device)[
-            :, None, :, None
-        ]
-        q, k, v = (t.masked_fill(padding, 0) for t in (q, k, v))
+        real = key_mask(lengths, q.shape[0], q.shape[-2], q.device)  # (B, L)
+        q, k, v = (t.masked_fill(~real[:, None, :, None], 0) for t in (q, k, v))
     w = las_weights(q, k, rates, window, pool, causal, lengths)  # (B, H, L, L)
     # (B, H, L, L) @ (B, H, L, D)
     with torch.autocast(q.device.type, enabled=False):

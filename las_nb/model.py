@@ -10,7 +10,9 @@ __all__ = [
     "MaskedBatchNorm",
     "PositionNorm",
     "clear_padding",
+    "check_heads",
     "SelfAttention",
+    "frozen",
     "LaSAttention",
     "register_mixer",
     "every_mixer",
@@ -26,12 +28,13 @@ __all__ = [
 import importlib, inspect, json, math, os, re, torch
 from pathlib import Path
 from typing import Any, Callable
+from fastcore.basics import patch
 from torch import nn
 from .attention import merge_heads, split_heads
 from .fast import METHODS, check_limits, las_attention
 from .las import POOLS, check_choice, las_weights, nearest
 from .locality import decay_rates
-from .smoothing import key_mask, window_sides
+from .smoothing import Window, key_mask, window_weights
 
 
 # %% ../nbs/07_model.ipynb #1e3809ef
@@ -99,6 +102,17 @@ def clear_padding(
     return x.masked_fill(~real.view(*real.shape, *[1] * (x.ndim - 2)), 0)
 
 
+# %% ../nbs/07_model.ipynb #31d281f3
+def check_heads(dim: int, n_heads: int) -> None:
+    "Raise `ValueError` unless a width can be cut into heads."
+    whole = isinstance(dim, int) and isinstance(n_heads, int)
+    if not whole or min(dim, n_heads) < 1 or dim % n_heads:
+        raise ValueError(
+            f"dim must be a positive multiple of n_heads; got dim={dim!r}, "
+            f"n_heads={n_heads!r}"
+        )
+
+
 # %% ../nbs/07_model.ipynb #fdfd70ec
 class SelfAttention(nn.Module):
     """The projections around attention on `(B, L, dim)`; subclasses say how to `mix`.
@@ -117,17 +131,7 @@ class SelfAttention(nn.Module):
         causal: bool = True,  # attend to the past only?
     ):
         super().__init__()
-        if (
-            not isinstance(dim, int)
-            or dim < 1
-            or not isinstance(n_heads, int)
-            or n_heads < 1
-            or dim % n_heads
-        ):
-            raise ValueError(
-                f"dim must be a positive multiple of n_heads; got dim={dim!r}, "
-                f"n_heads={n_heads!r}"
-            )
+        check_heads(dim, n_heads)
         self.n_heads, self.causal = n_heads, causal
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
@@ -165,13 +169,23 @@ class SelfAttention(nn.Module):
         return self.out(merge_heads(self.mix(*self.heads(x, lengths), lengths)))
 
 
+# %% ../nbs/07_model.ipynb #d5d47380
+def frozen(value: Any) -> Any:
+    "`value` as a model keeps it: lists and tensors, also in lists, become tuples."
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
 # %% ../nbs/07_model.ipynb #bb89eaad
 class LaSAttention(SelfAttention):
-    """Multi-head local and smooth self-attention on `(B, L, dim)`; no more trainable parameters than plain attention.
+    """Multi-head local and smooth self-attention on `(B, L, dim)`; no more trainable
+    parameters than plain attention.
 
-    Raises `ValueError` when `dim` is no multiple of `n_heads` and for values that `las_attention` or `decay_rates` refuse."""
+    Raises `ValueError` when `dim` is no multiple of `n_heads` and for values that
+    `las_attention` or `decay_rates` refuse."""
 
-    window: int
+    window: Window
     pool: str
     method: str
     tol: float | None
@@ -187,14 +201,13 @@ class LaSAttention(SelfAttention):
         n_heads: int = 8,  # H; the first head has rate 0
         # decay rate of the fastest head, per step (half-life 6.9); 0 = no locality
         max_rate: float = 0.1,
-        window: int = 3,  # pooling window W; 1 = no smoothing
+        window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
         pool: str = "scores",  # average "scores" or "weights"
         causal: bool = True,  # attend to the past only?
         # how rates spread over heads: "geometric", "uniform" or "equal"
         spacing: str = "geometric",
         method: str = "auto",  # how it is computed; see las_attention
-        # error allowed where far keys are approximated; None = by dtype, see
-        # las_attention
+        # error allowed for far keys; None = by dtype, see las_attention
         tol: float | None = None,
         # no score is larger, for all heads or one each; None = measured at every call
         score_bound: float | tuple[float, ...] | None = None,
@@ -202,17 +215,13 @@ class LaSAttention(SelfAttention):
         chunk: int | None = None,
     ):
         rates = decay_rates(n_heads, max_rate, spacing)
-        window_sides(window)
+        window_weights(window, n_heads)
         check_choice("pool", pool, POOLS)
         check_choice("method", method, METHODS)
         check_limits(tol, score_bound, chunk, n_heads)
         super().__init__(dim, n_heads, causal)
-        self.window, self.pool, self.method = window, pool, method
-        self.tol = tol
-        self.score_bound = (
-            tuple(score_bound) if isinstance(score_bound, list) else score_bound
-        )
-        self.chunk = chunk
+        self.window, self.pool, self.method = frozen(window), pool, method
+        self.tol, self.score_bound, self.chunk = tol, frozen(score_bound), chunk
         self.register_buffer("rates", rates, persistent=False)
         self.plain_rates = tuple(rates.tolist())  # known without asking the device
 
@@ -224,62 +233,65 @@ class LaSAttention(SelfAttention):
         self.rates = rates.to(self.rates.device)
         return self
 
-    def mix(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
-        "LaS attention of the heads: `(B, H, L, D)`."
-        return las_attention(
-            q,
-            k,
-            v,
-            self.plain_rates,
-            self.window,
-            self.pool,
-            self.causal,
-            lengths,
-            self.method,
-            self.tol,
-            self.score_bound,
-            self.chunk,
-        )
 
-    def weights(
-        self,
-        x: torch.Tensor,  # `(B, L, dim)`
-        lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
-    ) -> torch.Tensor:  # `(B, H, L, L)`
-        "The attention matrices of `x`, for looking at; without a `chunk`."
-        q, k, _ = self.heads(x, lengths)
-        return las_weights(
-            q, k, self.rates, self.window, self.pool, self.causal, lengths
-        )
+# %% ../nbs/07_model.ipynb #2db7d362
+@patch
+def mix(
+    self: LaSAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor | None,
+) -> torch.Tensor:
+    "LaS attention of the heads: `(B, H, L, D)`."
+    limits = self.method, self.tol, self.score_bound, self.chunk
+    how = self.window, self.pool, self.causal, lengths, *limits
+    return las_attention(q, k, v, self.plain_rates, *how)
 
-    def derive_bound(
-        self,
-        norm: nn.LayerNorm,  # the layer whose output comes in
-    ) -> tuple[float, ...]:  # S of every head: no score is larger, whatever the input
-        """A `score_bound` from the weights: what comes out of a LayerNorm is no longer
-        than `sqrt(dim) max|gamma| + |beta|`."""
-        dim = self.qkv.in_features
-        W = self.qkv.weight.detach().double()
-        b = self.qkv.bias.detach().double()
-        x = (
-            dim**0.5 * norm.weight.detach().double().abs().max()
-            + norm.bias.detach().double().norm()
-        )
-        # (2, H, D, dim), (2, H, D): queries and keys
-        W, b = (t.unflatten(0, (3, self.n_heads, -1))[:2] for t in (W, b))
-        q, k = torch.linalg.matrix_norm(W, ord=2) * x + b.norm(dim=-1)  # (H,) each
-        # and a little for rounding
-        return tuple((1.01 * q * k * (dim / self.n_heads) ** -0.5).tolist())
 
-    def extra_repr(self) -> str:
-        "What `repr` shows of the layer."
-        return f"n_heads={self.n_heads}, max_rate={self.rates.max():.3g}, window={self.window}, pool={self.pool!r}, causal={self.causal}, method={self.method!r}"
+# %% ../nbs/07_model.ipynb #c70502ca
+@patch
+def weights(
+    self: LaSAttention,
+    x: torch.Tensor,  # `(B, L, dim)`
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
+) -> torch.Tensor:  # `(B, H, L, L)`
+    "The attention matrices of `x`, for looking at; without a `chunk`."
+    q, k, _ = self.heads(x, lengths)
+    return las_weights(q, k, self.rates, self.window, self.pool, self.causal, lengths)
+
+
+# %% ../nbs/07_model.ipynb #c5ee8230
+@patch
+def derive_bound(
+    self: LaSAttention,
+    norm: nn.LayerNorm,  # the layer whose output comes in
+) -> tuple[float, ...]:  # S of every head: no score is larger, whatever the input
+    """A `score_bound` from the weights: what comes out of a LayerNorm is no longer
+    than `sqrt(dim) max|gamma| + |beta|`."""
+    dim = self.qkv.in_features
+    W = self.qkv.weight.detach().double()
+    b = self.qkv.bias.detach().double()
+    x = (
+        dim**0.5 * norm.weight.detach().double().abs().max()
+        + norm.bias.detach().double().norm()
+    )
+    # (2, H, D, dim), (2, H, D): queries and keys
+    W, b = (t.unflatten(0, (3, self.n_heads, -1))[:2] for t in (W, b))
+    q, k = torch.linalg.matrix_norm(W, ord=2) * x + b.norm(dim=-1)  # (H,) each
+    # and a little for rounding
+    return tuple((1.01 * q * k * (dim / self.n_heads) ** -0.5).tolist())
+
+
+# %% ../nbs/07_model.ipynb #cfd314fe
+@patch
+def extra_repr(self: LaSAttention) -> str:
+    "What `repr` shows of the layer."
+    rest = {n: getattr(self, n) for n in ("window", "pool", "causal", "method")}
+    return ", ".join(
+        [f"n_heads={self.n_heads}, max_rate={self.rates.max():.3g}"]
+        + [f"{name}={value!r}" for name, value in rest.items()]
+    )
 
 
 # %% ../nbs/07_model.ipynb #fe5f370f
@@ -479,6 +491,8 @@ class LaSTransformer(nn.Module):
         given = mixer_options(
             mixer, options, n_heads, causal, max_len, positions == "rotary"
         )
+        # JSON gives lists
+        given = {name: frozen(value) for name, value in given.items()}
         self.config = {n: given[n] for n in given if n != "rotary"} | dict(
             sizes,
             n_heads=n_heads,

@@ -4,47 +4,98 @@
 
 # %% auto #0
 __all__ = [
+    "Window",
+    "window_weights",
     "window_sides",
     "pooling_matrix",
+    "triangle",
     "window_sum",
     "key_mask",
     "real_keys",
+    "edge_scale",
+    "weights_like",
+    "is_one",
     "smooth_scores",
     "smooth_weights",
     "smooth_values",
     "smooth_keys",
+    "turned",
 ]
 
 # %% ../nbs/04_smoothing.ipynb #1a5070d3
 import torch, torch.nn.functional as F
+from collections.abc import Sequence
 from .locality import check_rates
 
-
 # %% ../nbs/04_smoothing.ipynb #d1592fa7
+# W, or the weights of its keys, newest first: (W,), or one row per head (H, W)
+Window = int | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor
+
+
+def window_weights(
+    window: Window,  # W, or its weights, newest key first
+    n_heads: int | None = None,  # H, where it is known
+    device: torch.device | str | None = None,  # where to put them
+) -> torch.Tensor:  # `(W,)`, or one row per head `(H, W)`; float64
+    """The weights of a window: a whole number W stands for W times `1 / W`. Gradients
+    reach a tensor of weights.
+
+    Raises `ValueError` for a whole number below 1, weights that are not finite, or
+    other shapes. Values on a GPU are not read, nor by torch.compile."""
+    if type(window) is int and window >= 1:
+        return torch.full((window,), 1 / window, dtype=torch.float64, device=device)
+    try:
+        w = torch.as_tensor(window, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError, ValueError):
+        w = torch.empty(0)
+    read = w.device.type == "cpu" and not torch.compiler.is_compiling()
+    good = w.ndim in (1, 2) and w.numel() > 0
+    good = good and (w.ndim == 1 or n_heads in (None, len(w)))
+    if not good or read and not bool(w.detach().isfinite().all()):
+        raise ValueError(
+            "window must be a whole number >= 1 or its finite weights, (W,) or "
+            f"({'H' if n_heads is None else n_heads}, W); got {window!r}"
+        )
+    return w
+
+
+# %% ../nbs/04_smoothing.ipynb #82b6f6f8
 def window_sides(
-    window: int,  # W, at least 1
+    window: Window,  # W, at least 1, or its weights
     causal: bool = True,  # look back only?
 ) -> tuple[int, int]:  # keys before, keys after
-    """How far the window of a key reaches back and ahead; raises `ValueError` for a
-    window below 1."""
-    if not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be a whole number >= 1; got {window!r}")
-    return (window - 1, 0) if causal else ((window - 1) // 2, window // 2)
+    """How far the window of a key reaches back and ahead; raises `ValueError` for what
+    is no window."""
+    W = window_weights(window).shape[-1]
+    return (W - 1, 0) if causal else ((W - 1) // 2, W // 2)
 
 
 # %% ../nbs/04_smoothing.ipynb #01241abb
 def pooling_matrix(
     L: int,  # sequence length
-    window: int,  # W
+    window: Window,  # W, or its weights
     causal: bool = True,  # look back only?
-) -> torch.Tensor:  # `(L, L)`, float64, rows sum to one
+) -> torch.Tensor:  # `(L, L)`, or `(H, L, L)` with weights per head; float64
     """The moving average as a matrix `P`: row `k` averages the existing keys in the
     window of `k`."""
-    past, future = window_sides(window, causal)
+    w, (_, future) = window_weights(window), window_sides(window, causal)
     k = torch.arange(L)
-    ahead = k - k[:, None]  # (L, L): how far key j lies ahead of k
-    inside = ((ahead >= -past) & (ahead <= future)).double()
-    return inside / inside.sum(-1, keepdim=True)
+    # (L, L): how far key j lies before the newest key in the window of k
+    t = k[:, None] + future - k
+    W = w.shape[-1]
+    P = w[..., t.clamp(0, W - 1)] * ((t >= 0) & (t < W))  # (L, L) or (H, L, L)
+    exist, whole = P.abs().sum(-1, keepdim=True), w.abs().sum(-1)[..., None, None]
+    return P * (whole / exist.masked_fill(exist == 0, 1))
+
+
+# %% ../nbs/04_smoothing.ipynb #43f8b25d
+def triangle(
+    W: int,  # number of keys
+) -> tuple[float, ...]:  # the weights of a window
+    """A window that rises to its middle and falls again, as a mean of means does: `1,
+    2, .., 2, 1` over their sum."""
+    steps = [min(t + 1, W - t) for t in range(W)]
+    return tuple(step / sum(steps) for step in steps)
 
 
 # %% ../nbs/04_smoothing.ipynb #b824e149
@@ -52,11 +103,22 @@ def window_sum(
     x: torch.Tensor,  # `(..., L)`
     past: int,  # entries before, >= 0
     future: int,  # entries after, >= 0
+    # newest first: `(W,)`, or `(H, 1, 1, W)` for x `(..., H, n, L)`; None = all 1
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(..., L)`
-    "Sum over a window around every entry of the last axis; outside there are zeros."
-    past, future = min(past, x.shape[-1] - 1), min(future, x.shape[-1] - 1)
-    # (..., L, W) -> (..., L)
-    return F.pad(x, (past, future)).unfold(-1, past + future + 1, 1).sum(-1)
+    "Weighted sum around every entry of the last axis; outside there are zeros."
+    if weights is None:
+        weights = x.new_ones(past + future + 1)
+    L = x.shape[-1]
+    back, ahead = min(past, L - 1), min(future, L - 1)
+    x = F.pad(x, (back, ahead))
+    out = weights[..., future + back] * x[..., :L]
+    for t in range(1 - back, ahead + 1):  # the entry t places ahead
+        # one pass over memory for product and sum
+        out = torch.addcmul(
+            out, weights[..., future - t], x[..., back + t : back + t + L]
+        )
+    return out
 
 
 # %% ../nbs/04_smoothing.ipynb #5467d624
@@ -69,8 +131,8 @@ def key_mask(
 ) -> torch.Tensor:  # boolean `(B, L)`, True = real token
     """Which positions of a right-padded batch are real.
 
-    Raises `ValueError` for other shapes, dtypes or values. Values are not read on a GPU, where every call would
-    wait for them, nor by torch.compile."""
+    Raises `ValueError` for other shapes, dtypes or values. Values are not read on a
+    GPU, where every call would wait for them, nor by torch.compile."""
     if lengths.ndim != 1 or lengths.dtype not in (
         torch.int64,
         torch.int32,
@@ -111,63 +173,91 @@ def real_keys(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     )
 
 
+# %% ../nbs/04_smoothing.ipynb #58ced688
+def edge_scale(
+    real: torch.Tensor,  # ones where keys are real, see real_keys
+    weights: torch.Tensor,  # `(W,)` or `(H, 1, 1, W)`
+    past: int,  # keys before, in the window of a key
+    future: int,  # keys after
+) -> torch.Tensor:  # `(L,)`, or up to `(B, H, 1, L)`
+    """What the weighted sum around every key is multiplied by, so that the keys that
+    exist weigh as much as all would."""
+    exist = window_sum(real, past, future, weights.abs())
+    return weights.abs().sum(-1) / exist.masked_fill(exist == 0, 1)
+
+
+# %% ../nbs/04_smoothing.ipynb #f94c64cc
+def weights_like(window: Window, x: torch.Tensor) -> torch.Tensor:
+    """The weights of a window for `x` `(..., H, n, L)`, in its dtype: `(W,)`, or `(H,
+    1, 1, W)`."""
+    w = window_weights(window, x.shape[-3] if x.ndim > 2 else 0, x.device).to(x.dtype)
+    return w if w.ndim == 1 else w[:, None, None]
+
+
+# %% ../nbs/04_smoothing.ipynb #eb657202
+def is_one(window: Window) -> bool:
+    "Is there nothing to smooth?"
+    return isinstance(window, int) and window == 1
+
+
 # %% ../nbs/04_smoothing.ipynb #3ad9cb6b
 def smooth_scores(
     e: torch.Tensor,  # scores `(..., L, L)`, not yet masked; keys on the last axis
-    window: int,  # W
+    window: Window,  # W, or its weights, newest key first
     causal: bool = True,  # look back only?
     # true lengths `(B,)`, if right-padded; then `e` starts with B
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(..., L, L)`
-    """Moving average of every row over the keys, `E P^T`: `e'_ij` = mean of `e_i,j-t` over the window of `j`.
+    """Moving average of every row over the keys, `E P^T`: `e'_ij` is the average of
+    `e_i,j+future-t` over the window of `j`.
 
-    Raises `ValueError` for a window below 1 or lengths that do not fit."""
+    Raises `ValueError` for what is no window or lengths that do not fit."""
     past, future = window_sides(window, causal)
-    if window == 1:
+    if is_one(window):
         return e
     x = e.to(torch.promote_types(e.dtype, torch.float32))
-    real = real_keys(x, lengths)
-    n = window_sum(real, past, future).clamp_min(1)  # how many keys each window holds
+    real, w = real_keys(x, lengths), weights_like(window, x)
     if lengths is not None:
         x = x.masked_fill(real == 0, 0)  # padding may hold anything
-    return (window_sum(x, past, future) / n).to(e.dtype)
+    scale = edge_scale(real, w, past, future)
+    return (window_sum(x, past, future, w) * scale).to(e.dtype)
 
 
 # %% ../nbs/04_smoothing.ipynb #ef69926d
 def smooth_weights(
     a: torch.Tensor,  # attention weights `(..., L, L)`; keys on the last axis
-    window: int,  # W
+    window: Window,  # W, or its weights, newest key first
     causal: bool = True,  # look back only?
     # true lengths `(B,)`, if right-padded; then `a` starts with B
     lengths: torch.Tensor | None = None,
-) -> torch.Tensor:  # `(..., L, L)`, with the row sums of `a`
-    """Spread every weight evenly over the keys in its window, `A P`: row sums are kept.
+) -> torch.Tensor:  # `(..., L, L)`; row sums are kept where the window's sum is 1
+    """Spread every weight over the keys in its window, `A P`.
 
-    Raises `ValueError` for a window below 1 or lengths that do not fit."""
+    Raises `ValueError` for what is no window or lengths that do not fit."""
     past, future = window_sides(window, causal)
-    if window == 1:
+    if is_one(window):
         return a
     x = a.to(torch.promote_types(a.dtype, torch.float32))
-    real = real_keys(x, lengths)
-    n = window_sum(real, past, future).clamp_min(1)
+    real, w = real_keys(x, lengths), weights_like(window, x)
     if lengths is not None:
         x = x.masked_fill(real == 0, 0)
-    # past and future change places: P, not P^T
-    y = window_sum(x * (real / n), future, past)
+    scale = edge_scale(real, w, past, future)
+    # past and future change places, and so do the weights: P, not P^T
+    y = window_sum(x * (real * scale), future, past, w.flip(-1))
     return (y if lengths is None else y * real).to(a.dtype)
 
 
 # %% ../nbs/04_smoothing.ipynb #9fcf6a3d
 def smooth_values(
     v: torch.Tensor,  # values `(..., L, D)`
-    window: int,  # W
+    window: Window,  # W, or its weights, newest key first
     causal: bool = True,  # look back only?
     # true lengths `(B,)`, if right-padded; then `v` starts with B
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(..., L, D)`
     """Moving average of the values over the sequence, `P V`.
 
-    Raises `ValueError` for a window below 1 or lengths that do not fit."""
+    Raises `ValueError` for what is no window or lengths that do not fit."""
     # the same mean, on axis L of (L, D)
     return smooth_scores(v.transpose(-2, -1), window, causal, lengths).transpose(-2, -1)
 
@@ -176,28 +266,35 @@ def smooth_values(
 def smooth_keys(
     k: torch.Tensor,  # keys `(..., H, L, D)`
     rates: torch.Tensor,  # decay rate per head `(H,)`
-    window: int,  # W
+    window: Window,  # W, or its weights, newest key first
     # how many of the W keys lie ahead of key `j`; 0 = the causal window
     future: int = 0,
     # true lengths `(B,)`, if right-padded with zeros; then `k` starts with B
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(..., H, L, D)`
-    """Key filter `k~_j = mean of exp(-alpha t) k_{j+future-t}` over the keys that exist among `t = 0 .. W - 1`.
+    """Key filter: `k~_j` is the average of `exp(-alpha t) k_{j+future-t}` over the keys
+    that exist among `t = 0 .. W - 1`.
 
-    Raises `ValueError` for a window below 1, a `future` outside it, or rates that are not `(H,)`."""
-    past = window_sides(window)[0] - future
-    if past < 0 or future < 0:
-        raise ValueError(f"future must lie between 0 and {window - 1}; got {future!r}")
+    Raises `ValueError` for what is no window, a `future` outside it, or rates that are
+    not `(H,)`."""
+    W = window_sides(window)[0] + 1
+    if not 0 <= future < W:
+        raise ValueError(f"future must lie between 0 and {W - 1}; got {future!r}")
     if k.ndim < 3:
         raise ValueError(f"k must have shape (..., H, L, D); got {tuple(k.shape)}")
     check_rates(rates, k.shape[-3])
-    if window == 1:
+    if is_one(window):
         return k
-    L, x = k.shape[-2], k.to(torch.promote_types(k.dtype, torch.float32))
-    alpha, out = rates.to(x.device, torch.float64)[:, None, None], 0  # (H, 1, 1)
-    for t in range(max(-past, 1 - L), min(future, L - 1) + 1):  # x, t steps earlier
-        out = out + torch.exp(-alpha * (future - t)).to(x.dtype) * (
-            F.pad(x, (0, 0, -t, t)) if t else x
-        )
-    n = window_sum(real_keys(x[..., 0], lengths), past, future).clamp_min(1)  # n_j
-    return (out / n[..., None]).to(k.dtype)  # (..., H, L, D) / (L, 1)
+    x = k.to(torch.promote_types(k.dtype, torch.float32)).mT  # (..., H, D, L)
+    w, real = weights_like(window, x), real_keys(x, lengths)
+    lag = torch.arange(W, dtype=torch.float64, device=x.device)
+    fade = torch.exp(-rates.to(lag)[:, None, None, None] * lag)  # (H, 1, 1, W)
+    past = W - 1 - future
+    y = window_sum(x, past, future, w * fade.to(x.dtype))
+    return (y * edge_scale(real, w, past, future)).mT.to(k.dtype)
+
+
+# %% ../nbs/04_smoothing.ipynb #0ee03fce
+def turned(window: Window) -> Window:
+    "The window of a sequence that is read backwards: its weights, oldest key first."
+    return window if isinstance(window, int) else window_weights(window).flip(-1)

@@ -10,10 +10,23 @@ def window_keys(j, L, W, causal):
     return [t for t in range(lo, hi + 1) if 0 <= t < L]
 
 
+def window_shares(j, L, W, causal):
+    """What the keys in the window of key `j` count: of a whole number W, or of weights,
+    newest key first."""
+    weights = [1 / W] * W if isinstance(W, int) else [float(w) for w in W]
+    newest = j if causal else j + len(weights) // 2
+    shares = {newest - t: w for t, w in enumerate(weights)}
+    exist = {key: w for key, w in shares.items() if 0 <= key < L}
+    there = sum(abs(w) for w in exist.values())
+    scale = sum(abs(w) for w in weights) / there if there else 0
+    return {key: scale * w for key, w in exist.items()}
+
+
 def las_head(q, k, v, alpha, W, pool, causal):
     "One head of one sequence without padding: `(L, D)` each."
     L, D = q.shape
     out = np.zeros((L, v.shape[1]))
+    windows = [window_shares(j, L, W, causal) for j in range(L)]
     for i in range(L):
         seen = [j for j in range(L) if j <= i or not causal]
         e = [
@@ -21,9 +34,7 @@ def las_head(q, k, v, alpha, W, pool, causal):
             for j in range(L)
         ]
         if pool == "scores":
-            e = [
-                np.mean([e[t] for t in window_keys(j, L, W, causal)]) for j in range(L)
-            ]
+            e = [sum(part * e[t] for t, part in keys.items()) for keys in windows]
         top = max(e[j] for j in seen)
         w = {j: np.exp(e[j] - top) for j in seen}
         total = sum(w.values())
@@ -32,20 +43,20 @@ def las_head(q, k, v, alpha, W, pool, causal):
             if pool == "scores":
                 out[i] += share * v[j]
             else:
-                keys = window_keys(j, L, W, causal)
-                for t in keys:
-                    out[i] += share / len(keys) * v[t]
+                for t, part in windows[j].items():
+                    out[i] += share * part * v[t]
     return out
 
 
 def las(q, k, v, rates, W, pool, causal, lengths=None):
-    "`(B, H, L, D)` arrays; rows beyond a sequence's length are zero."
+    """`(B, H, L, D)` arrays; rows beyond a sequence's length are zero. `W` is a whole
+    number, weights, or an array of them with one row per head."""
     B, H, L, _ = q.shape
     out = np.zeros(v.shape)
     for b in range(B):
         n = L if lengths is None else int(lengths[b])
         for h in range(H):
-            out[b, h, :n] = las_head(
-                q[b, h, :n], k[b, h, :n], v[b, h, :n], float(rates[h]), W, pool, causal
-            )
+            W_h = W[h] if np.ndim(W) == 2 else W
+            head = (t[b, h, :n] for t in (q, k, v))
+            out[b, h, :n] = las_head(*head, float(rates[h]), W_h, pool, causal)
     return out
