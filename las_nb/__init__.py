@@ -20,7 +20,8 @@ from .adapt import masked_las_attention, register_las
 from .fast import las_attention
 from .las import las_dense
 from .locality import decay_rates
-from .model import LaSAttention, LaSTransformer, register_mixer
+from .mixers import LaSAttention, register_mixer
+from .model import LaSTransformer
 
 # %% ../nbs/package.ipynb #b21cf753
 _all_ = [

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = [
     "OPTIONAL",
-    "LIMIT",
+    "MOST_ERROR",
     "version",
     "devices",
-    "describe",
+    "device_line",
     "health",
     "report",
     "main",
 ]
 
-# %% ../nbs/health.ipynb #aaa26051
-import platform, sys, torch
+# %% ../nbs/health.ipynb #b2af9cac
+import platform, sys
+import torch
 from importlib import metadata
 from .fast import las_attention
 from .las import las_dense
@@ -51,7 +52,7 @@ def devices() -> list[str]:  # names that torch takes, such as "cpu" and "cuda:0
 
 
 # %% ../nbs/health.ipynb #dbedc49d
-def describe(
+def device_line(
     device: str,  # one of devices()
 ) -> str:  # one line
     "Name and size of a device."
@@ -65,7 +66,7 @@ def describe(
 
 
 # %% ../nbs/health.ipynb #690f8d70
-LIMIT = 1e-3  # of the error below, for a device that is well
+MOST_ERROR = 1e-3  # of the error below, for a device that is well
 
 
 def health(
@@ -99,7 +100,7 @@ def report(
     except Exception as e:
         first = str(e).splitlines()[0] if str(e) else "no message"
         return False, f"{device} fails with {type(e).__name__}: {first}"
-    well = error < LIMIT
+    well = error < MOST_ERROR
     verb = "agrees" if well else "DISAGREES"
     return well, f"{device} {verb} with the definition to {error:.0e}"
 
@@ -112,7 +113,7 @@ def main() -> int:  # 0 if every device is well, else 1
         f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     )
     print(", ".join(f"{p} {version(p)}" for p in OPTIONAL))
-    print("devices: " + ", ".join(map(describe, devices())))
+    print("devices: " + ", ".join(map(device_line, devices())))
     well, words = zip(*map(report, devices()))
     print(f"health: {'ok' if all(well) else 'NOT WELL'}; {'; '.join(words)}")
     return 0 if all(well) else 1

@@ -13,12 +13,14 @@ __all__ = [
     "register_las",
 ]
 
-# %% ../nbs/21_adapt.ipynb #081ffdf5
-import functools, torch
+# %% ../nbs/21_adapt.ipynb #3d9df12c
+import functools
+import torch
 from typing import Any
+from ._util import check_choice
 from .attention import attention_scores, check_qkv, masked_softmax
 from .fast import las_attention
-from .las import POOLS, check_choice
+from .las import POOLS
 from .locality import decay_rates
 from .smoothing import Window, smooth_scores, smooth_weights, window_sides
 

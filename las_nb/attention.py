@@ -14,8 +14,9 @@ __all__ = [
     "merge_heads",
 ]
 
-# %% ../nbs/01_attention.ipynb #bbce031c
-import math, torch
+# %% ../nbs/01_attention.ipynb #e40f3222
+import math
+import torch
 
 
 # %% ../nbs/01_attention.ipynb #cf2f85a0

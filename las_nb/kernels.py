@@ -13,8 +13,9 @@ __all__ = [
     "roughness",
 ]
 
-# %% ../nbs/02_kernels.ipynb #00a85c85
-import math, torch
+# %% ../nbs/02_kernels.ipynb #64f6b07a
+import math
+import torch
 from torch import nn
 
 

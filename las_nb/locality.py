@@ -11,8 +11,9 @@ __all__ = [
     "decayed_scores",
 ]
 
-# %% ../nbs/03_locality.ipynb #3cf1709f
-import math, torch
+# %% ../nbs/03_locality.ipynb #9e6cad23
+import math
+import torch
 from .attention import attention_scores
 
 

@@ -10,8 +10,6 @@ __all__ = [
     "pooling_matrix",
     "triangle",
     "window_sum",
-    "key_mask",
-    "real_keys",
     "edge_scale",
     "weights_like",
     "is_one",
@@ -22,10 +20,11 @@ __all__ = [
     "turned",
 ]
 
-# %% ../nbs/04_smoothing.ipynb #1a5070d3
+# %% ../nbs/04_smoothing.ipynb #1bb5d818
 import torch, torch.nn.functional as F
-from collections.abc import Sequence
+from typing import Sequence
 from .locality import check_rates
+from .padding import real_keys
 
 # %% ../nbs/04_smoothing.ipynb #d1592fa7
 # W, or the weights of its keys, newest first: (W,), or one row per head (H, W)
@@ -119,58 +118,6 @@ def window_sum(
             out, weights[..., future - t], x[..., back + t : back + t + L]
         )
     return out
-
-
-# %% ../nbs/04_smoothing.ipynb #5467d624
-def key_mask(
-    lengths: torch.Tensor,  # true lengths `(B,)`, whole numbers from 1 to L
-    B: int,  # number of sequences
-    L: int,  # padded length
-    # where the mask is used; by default where `lengths` lies
-    device: torch.device | str | None = None,
-) -> torch.Tensor:  # boolean `(B, L)`, True = real token
-    """Which positions of a right-padded batch are real.
-
-    Raises `ValueError` for other shapes, dtypes or values. Values are not read on a
-    GPU, where every call would wait for them, nor by torch.compile."""
-    if lengths.ndim != 1 or lengths.dtype not in (
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-    ):
-        raise ValueError(
-            f"lengths must be whole numbers of shape (B,); got {lengths.dtype} "
-            f"{tuple(lengths.shape)}"
-        )
-    if len(lengths) != B:
-        raise ValueError(
-            f"lengths must have shape ({B},), one per sequence; got "
-            f"{tuple(lengths.shape)}"
-        )
-    if (
-        lengths.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not bool(((lengths >= 1) & (lengths <= L)).all())
-    ):
-        raise ValueError(f"lengths must lie between 1 and {L}; got {lengths.tolist()}")
-    if device is not None:
-        lengths = lengths.to(device)
-    return torch.arange(L, device=lengths.device) < lengths[:, None]  # (L,) < (B, 1)
-
-
-# %% ../nbs/04_smoothing.ipynb #6b8d77c5
-def real_keys(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Ones where the keys on the last axis of `x` `(B, ..., L)` are real: `(L,)`, or
-    `(B, 1, ..., L)` with `lengths`."""
-    if lengths is None:
-        return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-    return (
-        key_mask(lengths, x.shape[0], x.shape[-1], x.device)
-        .view(x.shape[0], *[1] * (x.ndim - 2), -1)
-        .to(x.dtype)
-    )
 
 
 # %% ../nbs/04_smoothing.ipynb #58ced688

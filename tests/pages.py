@@ -62,19 +62,35 @@ def install():
     )
 
 
+def module(path):
+    "The module that a notebook exports to, such as `train.loop`; None for a page without one."
+    for cell in cells(path):
+        if found := re.search(r"^#\| *default_exp +(\S+)", source(cell), re.M):
+            return found[1]
+    return None
+
+
+def reference_stem(name):
+    "The name of a module's page of the reference."
+    if name == "__init__":
+        return "package"
+    return (
+        name.removesuffix(".__init__").strip("_").replace("._", ".").replace(".", "-")
+    )
+
+
 def git_url():
     return f"https://github.com/{settings()['user']}/{settings()['repo']}"
 
 
 def badge(path):
     "The line under a title: run it, read its source, its module and its reference."
-    name, blob = (
-        re.sub(r"^\d+_", "", path.stem),
-        f"{git_url()}/blob/{settings()['branch']}",
-    )
+    name, blob = module(path), f"{git_url()}/blob/{settings()['branch']}"
     links = [f"[notebook]({blob}/{path.relative_to(ROOT).as_posix()})"]
-    if (ROOT / "las_nb" / f"{name}.py").exists():
-        links += [f"[module]({blob}/las_nb/{name}.py)", f"[reference](api/{name}.qmd)"]
+    if name:
+        file = f"las_nb/{name.replace('.', '/')}.py"
+        page = f"{'../' * (len(path.relative_to(NBS).parts) - 1)}api/{reference_stem(name)}.qmd"
+        links += [f"[module]({blob}/{file})", f"[reference]({page})"]
     return (
         f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(path)}) "
         + " · ".join(links)

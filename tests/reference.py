@@ -11,21 +11,18 @@ EMPTY = inspect.Parameter.empty
 
 
 def modules():
-    "Chapters by module name, in reading order; the package and its health check last."
-    found = {
-        re.sub(r"^\d+_", "", p.stem): p
-        for p in pages.notebooks()
-        if re.match(r"\d\d_", p.name)
-    }
-    return found | {
-        "__init__": pages.NBS / "package.ipynb",
-        "__main__": pages.NBS / "health.ipynb",
-    }
+    "Notebooks by the module they export to, rooms in the order of imports."
+    found = {}
+    for path in pages.notebooks():
+        if name := pages.module(path):
+            found[name] = path
+    return dict(sorted(found.items(), key=lambda pair: pair[0].startswith("_")))
 
 
 def load(name):
     lib = pages.settings()["lib_name"]
-    return importlib.import_module(lib if name == "__init__" else f"{lib}.{name}")
+    name = name.removesuffix("__init__").rstrip(".")
+    return importlib.import_module(f"{lib}.{name}" if name else lib)
 
 
 def cell(text):
@@ -234,7 +231,7 @@ def listing(names):
 
 
 def stem(name):
-    return name.strip("_") if name != "__init__" else "package"
+    return pages.reference_stem(name)
 
 
 def write():

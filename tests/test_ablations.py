@@ -2,14 +2,16 @@
 
 import json
 import pytest, torch
-from las_nb.ablations import LaSVariant, filter_keys
-from las_nb.layers import Attention, Local
+from las_nb.mixers import LaSVariant
+from las_nb.mixers.variant import filter_keys
+from las_nb.mixers import Attention, Local
 from las_nb.las import las_weights
-from las_nb.model import LaSAttention, LaSTransformer
-from las_nb.probes import PROBES, probe
-from las_nb.questions import lengths_main, score_at
+from las_nb.mixers import LaSAttention
+from las_nb.model import LaSTransformer
+from las_nb.tasks.probes import PROBES, probe
+from las_nb.lengths import lengths_main, score_at
 from las_nb.train import attention_entropy, train
-import las_nb.train as lib
+import las_nb.train.loop as lib
 
 QUIET = dict(progress=False, cpu=True)
 

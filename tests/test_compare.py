@@ -5,20 +5,23 @@ import json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from las_nb.compare import (
-    compare_table,
     count,
     equalised,
     load_cells,
-    paired_difference,
     parse_toml,
     parts,
-    plot_differences,
-    plot_tradeoff,
     read_grid,
     spread,
     summarise,
 )
-from las_nb.train import experiments, preset
+from las_nb.results import (
+    compare_table,
+    paired_difference,
+    plot_differences,
+    plot_tradeoff,
+)
+from las_nb.experiments import experiments
+from las_nb.train import preset
 from pages import ROOT
 
 BIN = Path(sys.executable).parent
@@ -180,7 +183,7 @@ def test_the_command_says_it_in_one_line(grid):
 
 def test_layers_from_elsewhere_are_imported(grid):
     (grid / "elsewhere.py").write_text(
-        "import torch\nfrom las_nb.model import register_mixer\nclass "
+        "import torch\nfrom las_nb.mixers import register_mixer\nclass "
         "Mean(torch.nn.Module):\n    def __init__(self, dim):\n        "
         "super().__init__(); self.out = torch.nn.Linear(dim, dim)\n    def "
         "forward(self, x): return self.out(x)\nregister_mixer('mean', Mean)\n"
@@ -355,7 +358,8 @@ def test_a_command_repeats_a_cell(grid):
         options = {
             w[2:]: words[i + 1] for i, w in enumerate(words) if w.startswith("--")
         }
-        from las_nb.train import Recipe, options_of, read_option
+        from las_nb._command import options_of, read_option
+        from las_nb.train import Recipe
 
         again = preset(
             words[1],

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest, torch
 from torchvision.datasets import MNIST
 import tiny_mnist
-from las_nb.data import (
+from las_nb.tasks import (
     Batch,
     DataError,
     batches,
@@ -11,9 +11,9 @@ from las_nb.data import (
     describe,
     epoch_order,
     load_task,
-    mnist_file,
     shuffled,
 )
+from las_nb.tasks.smnist import mnist_file
 
 COMMAND = str(Path(sys.executable).with_name("las_data"))
 

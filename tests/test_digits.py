@@ -2,17 +2,11 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from pages import NBS
-from las_nb.digits import (
-    MODELS,
-    accuracy,
-    digits_data,
-    fit,
-    make_model,
-    plot_maps,
-    plot_summary,
-    table,
-)
-from las_nb.model import LaSTransformer, replace_file
+from las_nb.digits import MODELS, accuracy, fit, make_model
+from las_nb.results import plot_maps, plot_summary, table
+from las_nb.tasks.digits import digits_data
+from las_nb._util import replace_file
+from las_nb.model import LaSTransformer
 
 COMMAND = str(Path(sys.executable).with_name("las_digits"))
 RESULTS = json.loads((NBS / "results" / "digits.json").read_text())

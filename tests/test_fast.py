@@ -3,25 +3,19 @@ import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
-from las_nb import fast
-from las_nb.fast import (
+from las_nb.fast import bands as lib
+from las_nb.fast import METHODS, TOL, Band, las_attention, plan, score_bounds
+from las_nb.fast.bands import (
     LIMIT,
-    METHODS,
-    TOL,
-    Band,
     far_delta,
     far_error,
-    fit_band,
     flash,
     flash_backward,
-    las_attention,
     one_sided,
-    plan,
     safe_limit,
-    score_bounds,
-    serves,
     two_sided,
 )
+from las_nb.fast.plan import fit_band, serves
 from las_nb.las import las_dense
 
 RATES = [0.0, 1e-3, 0.05, 0.3, 2.0, 50.0]
@@ -913,7 +907,7 @@ def test_plain_products_do_the_same(monkeypatch, causal):
         return out, *torch.autograd.grad(out.square().sum(), a)
 
     want = run()
-    monkeypatch.setattr(fast, "kernel_for", lambda x: seen.append(x))
+    monkeypatch.setattr(lib, "kernel_for", lambda x: seen.append(x))
     for x, y in zip(run(), want):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
     assert seen
@@ -933,7 +927,7 @@ def test_flash_is_attention(b, K, dtype, monkeypatch):
     grads = torch.autograd.grad(o, (q, k, v), g)
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr(fast, "kernel_for", lambda x: None)
+            monkeypatch.setattr(lib, "kernel_for", lambda x: None)
         with torch.no_grad():
             found, lse, rest = flash(q, k, v, 0.3)
             back = flash_backward(g, q, k, v, found, lse, rest, 0.3)
@@ -972,7 +966,7 @@ class Record(TorchDispatchMode):
 def test_signatures_of_the_gpu_kernels(monkeypatch, kind, dtype, b, K, scale):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(fast, "kernel_for", lambda x: kind)
+    monkeypatch.setattr(lib, "kernel_for", lambda x: kind)
     with FakeTensorMode():
         # old torch needs a driver for views
         try:

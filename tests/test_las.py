@@ -5,7 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from las_nb.attention import attention, causal_mask
 from las_nb.fast import las_attention
 from las_nb.las import las_dense, las_weights
-from las_nb.model import LaSAttention
+from las_nb.mixers import LaSAttention
 from las_nb.locality import decay_rates, distance_matrix, locality_kernel
 from las_nb.smoothing import (
     pooling_matrix,

@@ -4,10 +4,14 @@ against what the interface promises."""
 import inspect
 import pytest, scipy.signal, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-import las_nb.layers as lib
-from las_nb.layers import Performer, influence, linear_attention, long_conv, rotate
+from las_nb.mixers import EMA, orthogonal_directions
+from las_nb.mixers.convolution import ImplicitFilter
+from las_nb.mixers import Performer, influence, linear_attention
+from las_nb.mixers.convolution import long_conv
+from las_nb.positions import rotate
 from las_nb.kernels import ema_kernel, hyena_kernel, s4d_kernel
-from las_nb.model import LaSTransformer, every_mixer, mixer_options, register_mixer
+from las_nb.mixers import MIXERS, mixer_options, register_mixer
+from las_nb.model import LaSTransformer
 from las_nb.train import parameter_groups
 
 NAMES = [
@@ -59,9 +63,9 @@ def make(
 ):
     torch.manual_seed(seed)
     options = SMALL.get(name, {}) | options
-    return every_mixer()[name](
-        dim, **mixer_options(name, options, heads, causal, max_len)
-    ).to(dtype)
+    return MIXERS[name](dim, **mixer_options(name, options, heads, causal, max_len)).to(
+        dtype
+    )
 
 
 def model(name, causal=True, **kw):
@@ -86,7 +90,7 @@ def noise(*shape, seed=1):
 
 
 def test_the_register_holds_what_the_book_names():
-    assert list(every_mixer()) == NAMES
+    assert list(MIXERS) == NAMES
 
 
 @every
@@ -159,7 +163,7 @@ def test_any_length_up_to_the_longest(name, causal):
     for L in (1, 2, 7, 39, 40):
         assert layer(noise(1, L, 16)).isfinite().all()
     x = noise(1, 41, 16)
-    if "max_len" in inspect.signature(every_mixer()[name]).parameters:
+    if "max_len" in inspect.signature(MIXERS[name]).parameters:
         with pytest.raises(ValueError, match="raise max_len"):
             layer(x)
     else:
@@ -270,12 +274,12 @@ def test_blocks_do_not_show(L, block, causal):
 
 def test_directions_favour_no_half_of_space():
     torch.manual_seed(0)
-    w = torch.cat([lib.orthogonal_directions(8, 8) for _ in range(500)])  # (4000, 8)
+    w = torch.cat([orthogonal_directions(8, 8) for _ in range(500)])  # (4000, 8)
     assert (
         w.mean(0).abs().max() < 0.08
         and (w.T @ w / len(w) - torch.eye(8)).abs().max() < 0.1
     )
-    one = F.normalize(lib.orthogonal_directions(8, 8), dim=-1)
+    one = F.normalize(orthogonal_directions(8, 8), dim=-1)
     torch.testing.assert_close(one @ one.T, torch.eye(8), atol=1e-5, rtol=0)
 
 
@@ -347,12 +351,12 @@ def test_kernels_start_as_in_the_kernels_chapter():
             atol=0,
         )
         torch.testing.assert_close(
-            shape(lib.EMA(2000, n_state=16).double().kernel(64)[0])[:4],
+            shape(EMA(2000, n_state=16).double().kernel(64)[0])[:4],
             shape(ema_kernel(2000, 64))[:4],
             rtol=0.5,
             atol=1e-3,
         )
-        a, b = lib.ImplicitFilter(400, 64, 16).double()(64), hyena_kernel(400, 64)
+        a, b = ImplicitFilter(400, 64, 16).double()(64), hyena_kernel(400, 64)
         torch.testing.assert_close(
             a.square().mean(0).sqrt()[::16] / a.square().mean().sqrt(),
             b.square().mean(0).sqrt()[::16] / b.square().mean().sqrt(),
@@ -449,7 +453,7 @@ def test_a_layer_from_elsewhere():
         with pytest.raises(ValueError, match="no option 'size'"):
             model("gru", size=3)
     finally:
-        del every_mixer()["gru"]
+        del MIXERS["gru"]
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,15 @@ import random, re, statistics
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from las_nb.data import DataError, every_task, load_task, trivial
-from las_nb.listops import (
+from las_nb.tasks import DataError, TASKS, load_task, trivial
+from las_nb.tasks._files import made_or_official, noted
+from las_nb.tasks.listops import (
     OPERATORS,
     VOCAB,
     block_of_lines,
     evaluate,
     grow,
     long_tree,
-    made_or_official,
-    noted,
     read_listops,
     root_and_digits,
     root_operator,
@@ -279,14 +278,14 @@ def test_what_was_half_made_is_made_again(tmp_path):
 def test_trivial_readers(tmp_path):
     splits = load_task("listops", tmp_path, limit=1500)
     train, test = splits["train"], splits["test"]
-    assert every_task()["listops"].readers["root operator"] is root_operator
+    assert TASKS["listops"].readers["root operator"] is root_operator
     scores = [trivial(train, test, r) for r in (None, root_operator, root_and_digits)]
     # 17, 36.5 and 48 on the large set; one standard error is 1.3
     assert 14 < scores[0] < 21 and 30 < scores[1] < 41 and 42 < scores[2] < 53
 
 
 def test_root_and_digits_by_hand():
-    from las_nb.data import Sequences
+    from las_nb.tasks import Sequences
 
     texts = {
         "[MAX 3 7 [MIN 1 2 ] ]": ("MAX", 7),

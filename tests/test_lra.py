@@ -4,29 +4,25 @@ similar length, training on them."""
 import http.server, io, json, os, re, subprocess, sys, tarfile, threading, time
 from pathlib import Path
 import numpy as np, pytest, torch
-from las_nb import lra
-from las_nb.data import (
+from las_nb.tasks import retrieval, text as reviews
+from las_nb.tasks import (
     Batch,
     DataError,
     Sequences,
     batches,
-    encoded,
     load_task,
     reading_order,
     trivial,
 )
-from las_nb.listops import write_listops
-from las_nb.lra import (
-    ARENA,
-    GREY,
-    arena_table,
-    averages,
-    download,
-    extract,
-    from_archive,
-    read_imdb,
-    read_pairs,
-)
+from las_nb.tasks._files import encoded
+from las_nb.tasks.listops import write_listops
+from las_nb.results import arena_table, averages
+from las_nb.tasks import ARENA
+from las_nb.tasks._files import download, extract
+from las_nb.tasks.arena import from_archive
+from las_nb.tasks.image import GREY
+from las_nb.tasks.retrieval import read_pairs
+from las_nb.tasks.text import read_imdb
 from las_nb.train import Stopped, build, preset, train
 
 BIN = Path(sys.executable).parent
@@ -181,7 +177,7 @@ def test_a_dead_host_gives_one_line_and_the_manual_way(url, host, tmp_path):
 
 def test_processes_that_want_the_same_data_make_it_once(tmp_path):
     "As the processes of one run do: all ask at once for what is not there."
-    code = "import sys; from las_nb.data import load_task; s = load_task(sys.argv[1], sys.argv[2], limit=40); print(s['train'].source, len(s['train'].labels), int(s['train'].values.long().sum()))"
+    code = "import sys; from las_nb.tasks import load_task; s = load_task(sys.argv[1], sys.argv[2], limit=40); print(s['train'].source, len(s['train'].labels), int(s['train'].values.long().sum()))"
     for task in ("listops", "pathfinder"):
         running = [
             subprocess.Popen(
@@ -352,7 +348,7 @@ def test_one_task_is_taken_out_of_the_official_archive(top, name, tmp_path):
 
 
 def imdb(folder, n=12):
-    for kind in lra.KINDS:
+    for kind in reviews.KINDS:
         for i in range(n):
             f = folder / "aclImdb" / kind / f"{i}_{8 if 'pos' in kind else 3}.txt"
             f.parent.mkdir(parents=True, exist_ok=True)
@@ -369,7 +365,7 @@ def packed(folder, name, mode):
 
 
 def test_folder_and_archives_hold_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(lra, "REVIEWS", 12)
+    monkeypatch.setattr(reviews, "REVIEWS", 12)
     found = []
     for i, (name, mode) in enumerate(
         [
@@ -410,7 +406,7 @@ def test_folder_and_archives_hold_the_same(tmp_path, monkeypatch):
 
 
 def test_damaged_reviews_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(lra, "REVIEWS", 12)
+    monkeypatch.setattr(reviews, "REVIEWS", 12)
     root = imdb(tmp_path)
     (root / "aclImdb/test/neg/3_3.txt").write_text(" ")
     with pytest.raises(DataError, match="test/neg/3_3.txt is empty"):
@@ -429,11 +425,11 @@ def test_damaged_reviews_are_told(tmp_path, monkeypatch):
 
 
 def test_a_changed_source_is_encoded_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(lra, "REVIEWS", 12)
+    monkeypatch.setattr(reviews, "REVIEWS", 12)
     root = imdb(tmp_path)
     packed(root, "aclImdb_v1.tar.gz", "w:gz")
     before = load_task("text", root)["test"].values.clone()
-    monkeypatch.setattr(lra, "REVIEWS", 13)
+    monkeypatch.setattr(reviews, "REVIEWS", 13)
     imdb(tmp_path, 13)
     # the folder is used before the archive
     assert len(load_task("text", root)["test"].labels) == 26
@@ -475,7 +471,7 @@ def test_an_empty_text_is_one_space(tmp_path):
 
 def test_pairs_are_written_and_read_back(samples):
     splits = load_task("retrieval", samples, sample=True)
-    for part, name in lra.AAN.items():
+    for part, name in retrieval.AAN.items():
         rows = [
             line.split("\t")
             for line in (samples / "sample/tsv_data" / f"new_aan_pairs.{name}.tsv")
@@ -492,7 +488,7 @@ def test_pairs_are_written_and_read_back(samples):
 
 ENCODE = """
 import sys
-from las_nb.data import load_task
+from las_nb.tasks import load_task
 from pathlib import Path
 splits = load_task("retrieval", sys.argv[1])
 peak = int([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1]) / 1024

@@ -1,6 +1,6 @@
 import itertools
 import pytest, torch
-from las_nb.model import LaSAttention
+from las_nb.mixers import LaSAttention
 from las_nb.model import LaSTransformer, count_parameters, pool_positions
 
 GRID = list(

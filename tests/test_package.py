@@ -96,7 +96,7 @@ def python(wheel, tmp_path_factory):
 def test_imports_with_torch_and_fastcore_alone(python):
     code = """
 import importlib, pkgutil, sys, las_nb
-for m in pkgutil.iter_modules(las_nb.__path__): importlib.import_module(f"las_nb.{m.name}")
+for m in pkgutil.walk_packages(las_nb.__path__, "las_nb."): importlib.import_module(m.name)
 extra = {"matplotlib", "sklearn", "IPython", "nbdev", "tqdm", "safetensors", "torchvision", "jupyterlab", "accelerate", "huggingface_hub", "tensorboard"}
 for name in extra:
     try: importlib.import_module(name)
@@ -265,7 +265,8 @@ def test_health_check_tells_the_ill(monkeypatch, capsys):
 def test_shipped_checkpoint_reads_digits():
     "The model in the repository scores what its record says."
     import json
-    from las_nb.digits import accuracy, digits_data
+    from las_nb.digits import accuracy
+    from las_nb.tasks.digits import digits_data
 
     folder = ROOT / "nbs" / "results"
     model, data = LaSTransformer.from_pretrained(folder / "digits-las"), digits_data()

@@ -4,8 +4,8 @@ import math, shutil
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from las_nb.data import DataError, load_task
-from las_nb.pathfinder import (
+from las_nb.tasks import DataError, load_task
+from las_nb.tasks.pathfinder import (
     SETTINGS,
     distances,
     folders,
@@ -123,7 +123,7 @@ def test_grown_paddles_do_not_lie_on_taken_ground(side, margin):
 def test_turns_are_drawn_by_the_rule():
     """On free ground the turn of a contour has density cos^2 of it, on the pixels of
     the ring."""
-    from las_nb.pathfinder import Ground, begin, extend
+    from las_nb.tasks.pathfinder import Ground, begin, extend
 
     k, n = kit(32, 1), 40_000
     g, row = Ground(k, n), np.arange(n)

@@ -2,9 +2,12 @@ import dataclasses, errno, json, math, os, re, resource, shutil, signal, subproc
 from pathlib import Path
 import psutil, pytest, torch
 from torchvision.datasets import MNIST
-from las_nb import train as lib
-from las_nb.data import TASKS, every_task, load_task
+import las_nb.cli, las_nb.experiments
+import las_nb.train.checkpoint, las_nb.train.loop as lib
+from las_nb.tasks import DataError, TASKS, load_task
 from las_nb.model import LaSTransformer
+from las_nb.cli import train_main
+from las_nb.experiments import experiments, status
 from las_nb.train import (
     Recipe,
     Stopped,
@@ -14,16 +17,13 @@ from las_nb.train import (
     build,
     checkpoints,
     command_line,
-    experiments,
     learning_rate,
     load_checkpoint,
     preset,
     presets,
     save_checkpoint,
     score,
-    status,
     train,
-    train_main,
 )
 
 BIN = Path(sys.executable).parent
@@ -56,9 +56,9 @@ def whole(tmp_path_factory):
 # --- recipes
 
 
-@pytest.mark.parametrize("task", every_task())
+@pytest.mark.parametrize("task", TASKS)
 def test_presets_build_a_model_that_runs(task):
-    about = every_task()[task]
+    about = TASKS[task]
     for name in presets(task):
         recipe = preset(task, preset=name)
         model = build(recipe)
@@ -113,14 +113,14 @@ def test_command_line_repeats_the_recipe():
     ):
         recipe, seen = preset("digits", **changes), {}
         try:
-            lib.train, kept = (
+            las_nb.cli.train, kept = (
                 (lambda task, **kw: seen.update(task=task, **kw) or 1 / 0),
-                lib.train,
+                las_nb.cli.train,
             )
             with pytest.raises(ZeroDivisionError):
                 train_main(command_line(recipe).split()[1:])
         finally:
-            lib.train = kept
+            las_nb.cli.train = kept
         assert (
             preset(
                 seen.pop("task"), **{k: v for k, v in seen.items() if k != "options"}
@@ -249,7 +249,7 @@ def test_seed_decides(whole, tmp_path):
 
 def test_padded_tasks_train(tmp_path, monkeypatch):
     "Tokens, lengths, padding: a task that a later chapter might add."
-    from las_nb.data import Batch, Task
+    from las_nb.tasks import Batch, Task
 
     def load(root, **_):
         g = torch.Generator().manual_seed(0)
@@ -478,6 +478,7 @@ def test_a_disk_that_fills_at_the_end(last, whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lib, "replace_file", full)
     monkeypatch.setattr("las_nb.model.replace_file", full)
+    monkeypatch.setattr("las_nb.train.checkpoint.replace_file", full)
     with pytest.raises(
         TrainingError, match="cannot write the results .*No space left.*--resume"
     ):
@@ -581,7 +582,7 @@ def test_what_is_not_ours_stays(tmp_path):
 
 def test_a_start_that_fails_leaves_the_folder_free(tmp_path, monkeypatch):
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(lib.DataError) as kept:
+    with pytest.raises(DataError) as kept:
         train("smnist", tmp_path / "r", options=QUIET | dict(root="/dev/null"), **SMALL)
     assert (
         train("digits", tmp_path / "r", options=QUIET, **SMALL)["epochs"] == 2 and kept
@@ -624,7 +625,7 @@ def test_checkpoints_stay_small(tmp_path):
     """Under 60 MB in files of at most 15 MB, for every preset and for six blocks of
     width 256."""
     for i, recipe in enumerate(
-        [*map(preset, every_task()), preset("smnist", dim=256, depth=6, n_heads=8)]
+        [*map(preset, TASKS), preset("smnist", dim=256, depth=6, n_heads=8)]
     ):
         model = build(recipe)
         tensors = {
@@ -645,7 +646,7 @@ def test_no_pickle_in_a_checkpoint(tmp_path):
         ".json",
         ".sha256",
     }
-    code = Path(lib.__file__).read_text()
+    code = "".join(p.read_text() for p in Path(lib.__file__).parent.glob("*.py"))
     assert "torch.load(" not in code and "pickle" not in code
 
 
@@ -895,7 +896,7 @@ def test_eval_command(whole, tmp_path, monkeypatch, capsys):
         (["/nowhere"], "there is no run in"),
     ):
         with pytest.raises(SystemExit) as e:
-            lib.eval_main(*args)
+            las_nb.cli.eval_main(*args)
         err = capsys.readouterr().err
         assert e.value.code == 2 and says in err and err.count("\n") == 1
 
@@ -1057,6 +1058,12 @@ def test_full_runs_for_two_cores():
     ) == (64, 80, 160)
 
 
+def listed(monkeypatch, runs):
+    "Let the list of experiments be `runs`."
+    for module in (las_nb.experiments, las_nb.cli):
+        monkeypatch.setattr(module, "experiments", lambda: runs)
+
+
 @pytest.fixture
 def two(monkeypatch, tmp_path):
     "A list of two small experiments, and folders for them."
@@ -1064,13 +1071,13 @@ def two(monkeypatch, tmp_path):
         f"digits-{model}": dict(task="digits", model=model, **SMALL)
         for model in ("las", "plain")
     }
-    monkeypatch.setattr(lib, "experiments", lambda: runs)
+    listed(monkeypatch, runs)
     (tmp_path / "results").mkdir()
     return tmp_path / "runs", tmp_path / "results"
 
 
 def make(folders, action="run", **kw):
-    lib.experiments_main(
+    las_nb.cli.experiments_main(
         action, out=str(folders[0]), results=str(folders[1]), cpu=True, **kw
     )
 
@@ -1103,7 +1110,7 @@ def test_experiments_go_on_after_a_cut(two, capsys, monkeypatch):
     out, results = two
     with pytest.raises(Stopped):
         train(
-            **lib.experiments()["digits-las"],
+            **las_nb.experiments.experiments()["digits-las"],
             out=out / "digits-las",
             name="digits-las",
             options=QUIET | dict(deadline=0.0),
@@ -1144,11 +1151,7 @@ def test_the_curve_of_an_unfinished_run_is_on_record(two, monkeypatch):
         make(two, only="digits-las")
     assert json.loads(so_far.read_text())["curve"] == dict(valid=[1.0, 2.0, 3.0])
     monkeypatch.undo()
-    monkeypatch.setattr(
-        lib,
-        "experiments",
-        lambda: {"digits-las": dict(task="digits", model="las", **SMALL)},
-    )
+    listed(monkeypatch, {"digits-las": dict(task="digits", model="las", **SMALL)})
     make(two, only="digits-las")
     record = json.loads((results / "digits-las.json").read_text())
     assert not so_far.exists() and record["cpu_seconds"] > 0 and record["test"] > 0
@@ -1211,11 +1214,7 @@ def test_an_experiment_that_fails_does_not_stop_the_rest(two, capsys, monkeypatc
     make(two)
     assert len(results_seen(results)) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(
-        lib,
-        "experiments",
-        lambda: {"digits-las": dict(task="digits", model="las", **SMALL)},
-    )
+    listed(monkeypatch, {"digits-las": dict(task="digits", model="las", **SMALL)})
     make(two, only="digits-las")
     assert len(results_seen(results)) == 2
 
@@ -1235,7 +1234,7 @@ def test_one_bad_experiment_does_not_block_the_rest(
     if trouble == "damage":
         with pytest.raises(Stopped):
             train(
-                **lib.experiments()["digits-las"],
+                **las_nb.experiments.experiments()["digits-las"],
                 out=out / "digits-las",
                 options=QUIET | dict(deadline=0.0),
             )
@@ -1287,7 +1286,7 @@ def test_experiments_explain(args, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "nbs" / "results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        lib.experiments_main(**args)
+        las_nb.cli.experiments_main(**args)
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and err.count("\n") == 1
 

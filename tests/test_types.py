@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 PROGRAM = """
 import torch
 from las_nb import LaSAttention, LaSTransformer, decay_rates, las_attention, register_mixer
-from las_nb.data import load_task
+from las_nb.tasks import load_task
 
 def make(dim: int, causal: bool = True) -> torch.nn.Module:
     return torch.nn.Linear(dim, dim)

@@ -4,11 +4,12 @@ and a smoothing that is added by one function."""
 import itertools, shutil
 import numpy as np, pytest, torch
 from las_nb import adapt, las
-from las_nb.ablations import LaSVariant
+from las_nb.mixers import LaSVariant
 from las_nb.adapt import las_step, masked_las_attention, register_las
 from las_nb.fast import las_attention, plan
 from las_nb.las import las_dense, las_weights
-from las_nb.model import LaSAttention, LaSTransformer
+from las_nb.mixers import LaSAttention
+from las_nb.model import LaSTransformer
 from las_nb.smoothing import (
     pooling_matrix,
     smooth_keys,

@@ -37,7 +37,7 @@ def files(folder):
 
 def real():
     "The folder of the real files, where they are at hand."
-    from las_nb.data import data_root
+    from las_nb.tasks import data_root
 
     root = data_root()
     return root if len(list((root / "MNIST" / "raw").glob("*-ubyte.gz"))) == 4 else None
