@@ -43,9 +43,11 @@ def share_heads(
     k: torch.Tensor,  # keys or values `(B, G, L, D)`
     n_heads: int,  # H, a multiple of G
 ) -> torch.Tensor:  # `(B, H, L, D)`
-    """Grouped heads written out: key head `g` serves query heads `g * H / G` up to the next group.
+    """Grouped heads written out: key head `g` serves query heads `g * H / G` up to the
+    next group.
 
-    Raises `ValueError` when `n_heads` is no multiple of G. Source: Ainslie et al. (2023), arXiv 2305.13245."""
+    Raises `ValueError` when `n_heads` is no multiple of G. Source: Ainslie et al.
+    (2023), arXiv 2305.13245."""
     if n_heads % k.shape[1]:
         raise ValueError(
             "the number of query heads must be a multiple of that of key heads; got "
@@ -167,8 +169,9 @@ def register_las(
 ) -> None:
     """Add LaS attention to the table of Hugging Face transformers, under `name`.
 
-    Needs `transformers` (4.53 or newer). Models raise `ValueError` when they ask for attention dropout, sliding windows, soft
-    caps, sinks or packed rows. Source of the interface: the transformers documentation, "Attention Interface"."""
+    Needs `transformers` (4.53 or newer). Models raise `ValueError` when they ask for
+    attention dropout, sliding windows, soft caps, sinks or packed rows. Source of the
+    interface: the transformers documentation, "Attention Interface"."""
     # when asked for: the library runs without
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask

@@ -68,7 +68,8 @@ def check_qkv(
     v: torch.Tensor,  # values, shaped like `q` but for the last axis
 ) -> None:
     "Raise `ValueError` unless `q`, `k` and `v` belong together."
-    if q.ndim < 2 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1] or 0 in q.shape:
+    alike = q.shape == k.shape and q.shape[:-1] == v.shape[:-1]
+    if q.ndim < 2 or not alike or 0 in q.shape:
         raise ValueError(
             "q, k and v must share the shape (..., L, D) with no axis empty; got q "
             f"{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -34,10 +34,12 @@ def decay_rates(
     # "geometric" or "uniform" up to `max_rate`, or "equal": `max_rate` for all heads
     spacing: str = "geometric",
 ) -> torch.Tensor:  # `(H,)`, rising from 0 unless equal
-    """The decay rate `alpha` of every head; a single head gets rate 0, unless spacing is "equal".
+    """The decay rate `alpha` of every head; a single head gets rate 0, unless spacing
+    is "equal".
 
-    Raises `ValueError` for a negative or infinite `max_rate`, no heads, or an unknown spacing.
-    Source: Zimerman and Wolf (2023), arXiv 2311.16620, "exponential-uniformly in [0, B]"."""
+    Raises `ValueError` for a negative or infinite `max_rate`, no heads, or an unknown
+    spacing. Source: Zimerman and Wolf (2023), arXiv 2311.16620, "exponential-uniformly
+    in [0, B]"."""
     if not isinstance(n_heads, int) or n_heads < 1:
         raise ValueError(f"n_heads must be a whole number >= 1; got {n_heads!r}")
     if not 0 <= max_rate < math.inf:
@@ -67,7 +69,8 @@ def check_rates(
 ) -> torch.Tensor:  # `rates`, unchanged
     """Raise `ValueError` unless `rates` is `(H,)`, finite and not negative.
 
-    Values are not read on a GPU, where every call would wait for them, nor by torch.compile."""
+    Values are not read on a GPU, where every call would wait for them, nor by
+    torch.compile."""
     if (
         rates.ndim != 1
         or not rates.is_floating_point()

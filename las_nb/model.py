@@ -5,16 +5,26 @@
 # %% auto #0
 __all__ = [
     "NORMS",
+    "ARGUMENTS",
     "MaskedBatchNorm",
     "PositionNorm",
     "Block",
+    "Pretrained",
+    "local_folder",
+    "read_pretrained",
+    "Inputs",
+    "check_tokens",
+    "Encoder",
+    "check_arguments",
     "LaSTransformer",
+    "embedding",
+    "answer_head",
     "pool_positions",
     "count_parameters",
 ]
 
 # %% ../nbs/06_model.ipynb #ec4cdfe3
-import inspect, json, re
+import functools, inspect, json, re
 import torch
 from pathlib import Path
 from typing import Any
@@ -28,10 +38,11 @@ from .positions import sinusoidal
 
 # %% ../nbs/06_model.ipynb #9e2a4349
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over batch and real positions of `(B, L, dim)`; padding is left out and comes back as zeros.
+    """BatchNorm over batch and real positions of `(B, L, dim)`; padding is left out and
+    comes back as zeros.
 
-    While training, its statistics see the whole batch and so the future of every sequence; in eval mode they are
-    constants, and the layer is causal."""
+    While training, its statistics see the whole batch and so the future of every
+    sequence; in eval mode they are constants, and the layer is causal."""
 
     def forward(
         self,
@@ -120,143 +131,121 @@ class Block(nn.Module):
         return self.norm2(x + self.dropout(self.feedforward(x)), lengths)
 
 
-# %% ../nbs/06_model.ipynb #ee7262dc
-class LaSTransformer(nn.Module):
-    """A transformer that classifies sequences, with LaS attention or any other `mixer`; `max_rate=0, window=1` makes it plain.
+# %% ../nbs/06_model.ipynb #39b80e4a
+class Pretrained(nn.Module):
+    "A model that is made again from its `config` and its weights."
 
-    Give `vocab` for token inputs `(B, L)` or `in_features` for value inputs `(B, L, in_features)`; with `pairs` both have
-    an axis of two after the first. Sequences may be padded on the right: with `lengths` they give the results of the
-    unpadded ones. Raises `ValueError` for arguments
-    or inputs that are not allowed. Source of the set-up: Zimerman and Wolf (2023), arXiv 2311.16620."""
+    config: dict[str, Any]  # arguments of the class
 
-    config: dict[str, Any]
+    def save_pretrained(
+        self,
+        folder: str | Path,  # gets `config.json` and `model.safetensors`
+        **_: Any,  # what the Hub passes and this does not need
+    ) -> None:
+        "Write the arguments and the weights; each file is replaced whole."
+        from safetensors.torch import save
+
+        weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+        replace_file(Path(folder) / "model.safetensors", save(weights))
+        config = json.dumps(self.config, indent=1).encode()
+        replace_file(Path(folder) / "config.json", config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,  # a folder of save_pretrained, or a model on the Hub
+        **options: Any,  # for the Hub, such as `revision`; see its snapshot_download
+    ) -> "LaSTransformer":  # the model, in eval mode, on the CPU
+        """The model of a folder, with its weights.
+
+        Raises `FileNotFoundError` when there is no such folder and `ValueError` when
+        its files are damaged. The Hub needs huggingface_hub: `las_nb[hub]`."""
+        from safetensors.torch import load
+
+        folder = local_folder(source, **options)
+        config, weights = read_pretrained(folder)
+        try:
+            model = cls(**config)
+            model.load_state_dict(load(weights))
+        except Exception as e:
+            raise ValueError(f"{folder} is damaged: {str(e).splitlines()[0]}") from None
+        return model.eval()
+
+    def push_to_hub(
+        self,
+        name: str,  # of the model on the Hub: "owner/model"
+        **options: Any,  # such as `private`; see the Hub's PyTorchModelHubMixin
+    ) -> str:  # address of the commit
+        "Publish the model on the Hub; needs huggingface_hub: `las_nb[hub]`."
+        from huggingface_hub import PyTorchModelHubMixin
+
+        return PyTorchModelHubMixin.push_to_hub(self, name, **options)
+
+
+# %% ../nbs/06_model.ipynb #6f1a5585
+def local_folder(
+    source: str | Path,  # a folder, or `owner/model`
+    **options: Any,  # of huggingface_hub's snapshot_download
+) -> Path:
+    "The folder that is meant, fetched from the Hub when there is none of that name."
+    folder = Path(source)
+    on_the_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(source))
+    if folder.is_dir() or folder.parent.is_dir() or not on_the_hub:
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"there is no folder {source}; to look for it on the Hub: pip install "
+            "'las_nb[hub]'"
+        ) from None
+    wanted = ["config.json", "model.safetensors"]
+    return Path(snapshot_download(str(source), allow_patterns=wanted, **options))
+
+
+def read_pretrained(
+    folder: Path,  # of save_pretrained
+) -> tuple[dict[str, Any], bytes]:  # arguments, weights
+    "What a folder holds; raises as `from_pretrained` does."
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config, (folder / "model.safetensors").read_bytes()
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"{folder} is no folder of save_pretrained: {Path(e.filename).name} is "
+            "missing"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{folder / 'config.json'} is damaged") from None
+
+
+# %% ../nbs/06_model.ipynb #30b846fd
+class Inputs(Pretrained):
+    "Tokens or values become vectors, with positions if there are to be any."
+
     vocab: int | None
     in_features: int | None
     positions: str | None
-    readout: str
-    pairs: bool
     embed: nn.Embedding | nn.Linear
     position: nn.Parameter
-    blocks: nn.ModuleList
-    norm: MaskedBatchNorm | PositionNorm | None
-    head: nn.Sequential | nn.Linear
-
-    def __init__(
-        self,
-        n_classes: int,  # number of classes
-        dim: int,  # width; a multiple of `n_heads`
-        depth: int,  # number of blocks
-        n_heads: int = 8,  # heads per block
-        vocab: int | None = None,  # number of different tokens, for token inputs
-        in_features: int | None = None,  # values per position, for value inputs
-        # None, "sinusoidal", "learned" or, in some mixers, "rotary"; LaS needs none
-        positions: str | None = None,
-        norm: str = "layer",  # "layer" or "batch"
-        prenorm: bool = True,  # pre-norm or post-norm blocks
-        readout: str = "mean",  # "mean" over true positions or the "last" one
-        dropout: float = 0.0,  # in every block, while training
-        # longest sequence, for learned positions and mixers of a fixed length
-        max_len: int = 1024,
-        pairs: bool = False,  # classify pairs of sequences, each read apart
-        causal: bool = True,  # see the past only?
-        # hidden width of the feed-forward networks; None = 4 * dim
-        feedforward: int | None = None,
-        mixer: str = "las",  # the layer that mixes positions: a key of MIXERS
-        # further arguments of the mixer; of "las": max_rate, window, pool, spacing,
-        # method, tol, score_bound, chunk
-        **options: Any,
-    ):
-        super().__init__()
-        sizes = dict(
-            n_classes=n_classes,
-            dim=dim,
-            depth=depth,
-            max_len=max_len,
-            vocab=vocab,
-            in_features=in_features,
-            feedforward=feedforward,
-        )
-        for name, value in sizes.items():
-            if value is None and name in ("vocab", "in_features", "feedforward"):
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
-        if (vocab is None) == (in_features is None):
-            raise ValueError(
-                "give either vocab (tokens) or in_features (values); got "
-                f"vocab={vocab!r}, in_features={in_features!r}"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie between 0 and 1; got {dropout!r}")
-        check_choice("positions", positions, (None, "sinusoidal", "learned", "rotary"))
-        check_choice("norm", norm, tuple(NORMS))
-        check_choice("readout", readout, ("mean", "last"))
-        given = mixer_options(
-            mixer, options, n_heads, causal, max_len, positions == "rotary"
-        )
-        # JSON gives lists
-        given = {name: frozen(value) for name, value in given.items()}
-        self.config = {n: given[n] for n in given if n != "rotary"} | dict(
-            sizes,
-            n_heads=n_heads,
-            positions=positions,
-            norm=norm,
-            prenorm=prenorm,
-            readout=readout,
-            dropout=dropout,
-            pairs=pairs,
-            causal=causal,
-            mixer=mixer,
-        )
-        self.vocab = vocab
-        self.in_features = in_features
-        self.positions = positions
-        self.readout = readout
-        self.pairs = pairs
-        self.embed = (
-            nn.Embedding(vocab, dim)
-            if vocab is not None
-            else nn.Linear(in_features, dim)
-        )
-        if positions == "learned":
-            self.position = nn.Parameter(0.02 * torch.randn(max_len, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, norm, prenorm, dropout, feedforward, mixer, **given)
-            for _ in range(depth)
-        )
-        # post-norm blocks end normalised
-        self.norm = NORMS[norm](dim) if prenorm else None
-        self.head = (
-            nn.Sequential(nn.Linear(4 * dim, dim), nn.GELU(), nn.Linear(dim, n_classes))
-            if pairs
-            else nn.Linear(dim, n_classes)
-        )
 
     def check(self, inputs: torch.Tensor) -> None:
         "Raise `ValueError` unless `inputs` are what this model takes."
-        want = (
-            "(B, L) whole numbers"
-            if self.in_features is None
-            else f"(B, L, {self.in_features}) floating point"
-        )
-        good = (
-            inputs.ndim == 2
-            and not inputs.is_floating_point()
-            and inputs.dtype != torch.bool
-            if self.in_features is None
-            else inputs.ndim == 3
-            and inputs.shape[-1] == self.in_features
-            and inputs.is_floating_point()
-        )
-        if not good or inputs.shape[1] < 1:
+        real, axes = inputs.is_floating_point(), tuple(inputs.shape)
+        if self.in_features is None:
+            want = "(B, L) whole numbers"
+            good = len(axes) == 2 and not (real or inputs.dtype == torch.bool)
+        else:
+            want = f"(B, L, {self.in_features}) floating point"
+            good = len(axes) == 3 and axes[-1] == self.in_features and real
+        if not good or axes[1] < 1:
             raise ValueError(
-                f"inputs must be {want}, L >= 1; got {inputs.dtype} "
-                f"{tuple(inputs.shape)}"
+                f"inputs must be {want}, L >= 1; got {inputs.dtype} {axes}"
             )
-        if self.positions == "learned" and inputs.shape[1] > len(self.position):
+        if self.positions == "learned" and axes[1] > len(self.position):
             raise ValueError(
                 f"learned positions reach {len(self.position)} steps, the input has "
-                f"{inputs.shape[1]}; raise max_len"
+                f"{axes[1]}; raise max_len"
             )
 
     def embedded(
@@ -264,21 +253,12 @@ class LaSTransformer(nn.Module):
         inputs: torch.Tensor,  # tokens `(B, L)` or values `(B, L, in_features)`
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
-        """What enters the first block: the embedding, with positions if the model has
-        them."""
+        "What enters the first block."
         self.check(inputs)
         inputs = clear_padding(inputs, lengths)
         if self.vocab:
             inputs = inputs.long()
-            if (
-                inputs.device.type == "cpu"
-                and inputs.numel()
-                and not 0 <= inputs.min() <= inputs.max() < self.vocab
-            ):
-                raise ValueError(
-                    f"tokens must lie between 0 and {self.vocab - 1}; got "
-                    f"{inputs.min()} to {inputs.max()}"
-                )
+            check_tokens(inputs, self.vocab)
         # (B, L, dim); under autocast too, what blocks add to stays float32
         x = self.embed(inputs).to(self.embed.weight.dtype)
         if self.positions == "sinusoidal":
@@ -286,6 +266,29 @@ class LaSTransformer(nn.Module):
         if self.positions == "learned":
             x = x + self.position[: x.shape[1]]
         return x
+
+
+# %% ../nbs/06_model.ipynb #f26687a4
+def check_tokens(tokens: torch.Tensor, vocab: int) -> None:
+    "Raise `ValueError` for tokens outside 0 .. vocab - 1; not read on a GPU."
+    if tokens.device.type != "cpu" or not tokens.numel():
+        return
+    low, high = tokens.min(), tokens.max()
+    if not (0 <= low and high < vocab):
+        raise ValueError(
+            f"tokens must lie between 0 and {vocab - 1}; got {low} to {high}"
+        )
+
+
+# %% ../nbs/06_model.ipynb #96f21edb
+class Encoder(Inputs):
+    "Vectors pass the blocks; one answer for every sequence, or pair of sequences."
+
+    readout: str
+    pairs: bool
+    blocks: nn.ModuleList
+    norm: MaskedBatchNorm | PositionNorm | None
+    head: nn.Sequential | nn.Linear
 
     def features(
         self,
@@ -303,122 +306,133 @@ class LaSTransformer(nn.Module):
         inputs: torch.Tensor,  # tokens `(B, L)` or values `(B, L, in_features)`
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> list[torch.Tensor]:  # `(B, H, L, L)` for every block
-        """What every block attends to, for looking at; only for mixers that have
-        `weights`, as LaS has."""
+        "What blocks attend to, for looking at; for mixers that have `weights`."
         x, maps = self.embedded(inputs, lengths), []
         for block in self.blocks:
-            maps.append(
-                block.mixer.weights(
-                    block.norm1(x, lengths) if block.prenorm else x, lengths
-                )
-            )
+            seen = block.norm1(x, lengths) if block.prenorm else x
+            maps.append(block.mixer.weights(seen, lengths))
             x = block(x, lengths)
         return maps
 
     def forward(
         self,
-        # tokens `(B, L)` or values `(B, L, in_features)`; of pairs `(B, 2, L)` or `(B,
-        # 2, L, in_features)`
-        inputs: torch.Tensor,
-        # true lengths `(B,)`, if right-padded; of pairs `(B, 2)`
-        lengths: torch.Tensor | None = None,
+        inputs: torch.Tensor,  # as above; of pairs with an axis of 2 after the first
+        lengths: torch.Tensor | None = None,  # true lengths `(B,)`; of pairs `(B, 2)`
     ) -> torch.Tensor:  # logits `(B, n_classes)`
         "One answer per sequence, or pair of sequences."
-        if self.pairs:
-            if inputs.ndim < 3 or inputs.shape[1] != 2:
-                raise ValueError(
-                    f"inputs must be pairs, (B, 2, L, ...); got {tuple(inputs.shape)}"
-                )
-            # (2 * B, L, ...), (2 * B,)
-            inputs = inputs.flatten(0, 1)
-            lengths = None if lengths is None else lengths.flatten()
-        # (B, dim), or (2 * B, dim)
-        x = pool_positions(self.features(inputs, lengths), lengths, self.readout)
-        if self.pairs:
-            u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (2 * B, dim) -> 2 x (B, dim)
-            x = torch.cat([u, v, u - v, u * v], -1)  # (B, 4 * dim)
-        return self.head(x)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,  # gets `config.json` and `model.safetensors`
-        **_: Any,  # what the Hub passes and this does not need
-    ) -> None:
-        "Write the arguments and the weights; each file is replaced whole."
-        from safetensors.torch import save
-
-        replace_file(
-            Path(folder) / "model.safetensors",
-            save({k: v.contiguous() for k, v in self.state_dict().items()}),
-        )
-        replace_file(
-            Path(folder) / "config.json", json.dumps(self.config, indent=1).encode()
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        # a folder that save_pretrained wrote, or the name of a model on the Hub
-        source: str | Path,
-        # for the Hub, such as `revision` or `token`; see huggingface_hub's
-        # snapshot_download
-        **options: Any,
-    ) -> "LaSTransformer":  # the model, in eval mode, on the CPU
-        """The model of a folder, with its weights.
-
-        Raises `FileNotFoundError` when there is no such folder and `ValueError` when its files are damaged.
-        The Hub needs huggingface_hub: `pip install 'las_nb[hub]'`."""
-        folder = Path(source)
-        if (
-            not folder.is_dir()
-            and not folder.parent.is_dir()
-            and re.fullmatch(r"[\w-]+/[\w.-]+", str(source))
-        ):
-            try:
-                from huggingface_hub import snapshot_download
-            except ImportError:
-                raise FileNotFoundError(
-                    f"there is no folder {source}; to look for it on the Hub: pip "
-                    "install 'las_nb[hub]'"
-                ) from None
-            folder = Path(
-                snapshot_download(
-                    str(source),
-                    allow_patterns=["config.json", "model.safetensors"],
-                    **options,
-                )
+        if not self.pairs:
+            return self.head(self.read(inputs, lengths))  # (B, dim) -> (B, n_classes)
+        if inputs.ndim < 3 or inputs.shape[1] != 2:
+            raise ValueError(
+                f"inputs must be pairs, (B, 2, L, ...); got {tuple(inputs.shape)}"
             )
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            weights = (folder / "model.safetensors").read_bytes()
-        except FileNotFoundError as e:
-            raise FileNotFoundError(
-                f"{folder} is no folder of save_pretrained: {Path(e.filename).name} is "
-                "missing"
-            ) from None
-        except ValueError:
-            raise ValueError(f"{folder / 'config.json'} is damaged") from None
-        from safetensors.torch import load
+        lengths = None if lengths is None else lengths.flatten()  # (2 * B,)
+        x = self.read(inputs.flatten(0, 1), lengths)  # (2 * B, L, ...) -> (2 * B, dim)
+        u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (2 * B, dim) -> 2 x (B, dim)
+        return self.head(torch.cat([u, v, u - v, u * v], -1))  # (B, 4 * dim) -> ...
 
-        try:
-            model = cls(**config)
-            model.load_state_dict(load(weights))
-        except Exception as e:
-            raise ValueError(f"{folder} is damaged: {str(e).splitlines()[0]}") from None
-        return model.eval()
+    def read(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "One vector per sequence."
+        return pool_positions(self.features(x, lengths), lengths, self.readout)
 
-    def push_to_hub(
+
+# %% ../nbs/06_model.ipynb #5d6b91cd
+def check_arguments(given: dict[str, Any]) -> None:
+    "Raise `ValueError` for sizes and names that a model cannot have."
+    optional = ("vocab", "in_features", "feedforward")
+    for name in ("n_classes", "dim", "depth", "max_len", *optional):
+        value = given[name]
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
+    vocab, in_features = given["vocab"], given["in_features"]
+    if (vocab is None) == (in_features is None):
+        raise ValueError(
+            "give either vocab (tokens) or in_features (values); got "
+            f"vocab={vocab!r}, in_features={in_features!r}"
+        )
+    if not 0 <= given["dropout"] < 1:
+        raise ValueError(f"dropout must lie between 0 and 1; got {given['dropout']!r}")
+    kinds = (None, "sinusoidal", "learned", "rotary")
+    check_choice("positions", given["positions"], kinds)
+    check_choice("norm", given["norm"], tuple(NORMS))
+    check_choice("readout", given["readout"], ("mean", "last"))
+
+
+# %% ../nbs/06_model.ipynb #f0426cd5
+class LaSTransformer(Encoder):
+    """A transformer that classifies sequences, with LaS attention or any other `mixer`;
+    `max_rate=0, window=1` makes it plain.
+
+    Give `vocab` for token inputs `(B, L)` or `in_features` for value inputs `(B, L,
+    in_features)`; with `pairs` both have an axis of two after the first. Sequences may
+    be padded on the right: with `lengths` they give the results of the unpadded ones.
+    Raises `ValueError` for arguments or inputs that are not allowed. Source of the
+    set-up: Zimerman and Wolf (2023), arXiv 2311.16620."""
+
+    def __init__(
         self,
-        name: str,  # of the model on the Hub: "owner/model"
-        # such as `private` or `token`; see huggingface_hub's PyTorchModelHubMixin
-        **options: Any,
-    ) -> str:  # address of the commit
-        """Publish the model on the Hub; needs huggingface_hub: `pip install
-        'las_nb[hub]'`."""
-        # used when asked for: the library runs without it
-        from huggingface_hub import PyTorchModelHubMixin
+        n_classes: int,  # number of classes
+        dim: int,  # width; a multiple of `n_heads`
+        depth: int,  # number of blocks
+        n_heads: int = 8,  # heads per block
+        vocab: int | None = None,  # number of different tokens, for token inputs
+        in_features: int | None = None,  # values per position, for value inputs
+        # None, "sinusoidal", "learned" or, in some mixers, "rotary"; LaS needs none
+        positions: str | None = None,
+        norm: str = "layer",  # "layer" or "batch"
+        prenorm: bool = True,  # pre-norm or post-norm blocks
+        readout: str = "mean",  # "mean" over true positions or the "last" one
+        dropout: float = 0.0,  # in every block, while training
+        max_len: int = 1024,  # longest sequence, where something has a fixed length
+        pairs: bool = False,  # classify pairs of sequences, each read apart
+        causal: bool = True,  # see the past only?
+        feedforward: int | None = None,  # hidden width; None = 4 * dim
+        mixer: str = "las",  # the layer that mixes positions: a key of MIXERS
+        **options: Any,  # of the mixer; of "las": max_rate, window, pool, ...
+    ):
+        given = {k: v for k, v in locals().items() if k in ARGUMENTS}
+        check_arguments(given)
+        super().__init__()
+        rotary = positions == "rotary"
+        own = mixer_options(mixer, options, n_heads, causal, max_len, rotary)
+        own = {name: frozen(value) for name, value in own.items()}  # JSON gives lists
+        self.config = {k: v for k, v in own.items() if k != "rotary"} | given
+        self.vocab, self.in_features, self.positions = vocab, in_features, positions
+        self.readout, self.pairs = readout, pairs
+        self.embed, position = embedding(dim, vocab, in_features, positions, max_len)
+        if position is not None:
+            self.position = position
+        block = functools.partial(Block, dim, norm, prenorm, dropout, feedforward)
+        self.blocks = nn.ModuleList(block(mixer, **own) for _ in range(depth))
+        self.norm = NORMS[norm](dim) if prenorm else None  # post-norm ends normalised
+        self.head = answer_head(dim, n_classes, pairs)
 
-        return PyTorchModelHubMixin.push_to_hub(self, name, **options)
+
+ARGUMENTS = set(inspect.signature(LaSTransformer).parameters) - {"options"}
+
+
+# %% ../nbs/06_model.ipynb #e2b24fdd
+def embedding(
+    dim: int,
+    vocab: int | None,
+    in_features: int | None,
+    positions: str | None,
+    max_len: int,
+) -> tuple[nn.Embedding | nn.Linear, nn.Parameter | None]:
+    "What turns inputs into vectors, and learned positions `(max_len, dim)`, if any."
+    learned = positions == "learned"
+    embed = nn.Linear(in_features, dim) if vocab is None else nn.Embedding(vocab, dim)
+    return embed, nn.Parameter(0.02 * torch.randn(max_len, dim)) if learned else None
+
+
+def answer_head(dim: int, n_classes: int, pairs: bool) -> nn.Sequential | nn.Linear:
+    "From the vector of a sequence, or the four of a pair, to logits."
+    if not pairs:
+        return nn.Linear(dim, n_classes)
+    wide = nn.Linear(4 * dim, dim)
+    return nn.Sequential(wide, nn.GELU(), nn.Linear(dim, n_classes))
 
 
 # %% ../nbs/06_model.ipynb #7f6de40b
