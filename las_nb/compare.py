@@ -29,13 +29,12 @@ from typing import Any, Callable
 from fastcore.script import call_parse
 from ._command import guarded, options_of
 from ._util import check_choice, commit_id, replace_file
-from .bench import _in_turn, peak_of, training_step
+from .bench import _in_turn, in_own_process, peak_of, training_step
 from .experiments import work_off
 from .model import count_parameters
 from .results import compare_table, paired_difference, plot_differences
 from .results import plot_tradeoff
 from .tasks import Batch, TASKS, batches, load_task, reading_order
-from .tasks.probes import apart
 from .train import Recipe, build, preset
 
 
@@ -258,7 +257,9 @@ def _cost_on_task(
             low=min(seconds),
             high=max(seconds),
             tokens_per_s=_tokens(batch[label]) / median,
-            memory=apart("las_nb.compare:probe_step", runs[label], root, device),
+            memory=in_own_process(
+                "las_nb.compare:probe_step", runs[label], root, device
+            ),
         )
     return found
 

@@ -206,7 +206,7 @@ def test_scaled_and_trained_inputs():
 
 def test_whole_models(monkeypatch):
     monkeypatch.setitem(
-        bench.MODELS, "tiny", (50, 4, 2, dict(dim=16, depth=1, n_heads=2))
+        bench.WHOLE_MODELS, "tiny", (50, 4, 2, dict(dim=16, depth=1, n_heads=2))
     )
     speed = model_speed("tiny", rounds=1)
     assert (

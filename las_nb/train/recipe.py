@@ -99,7 +99,7 @@ def check_types(recipe: Recipe) -> None:
 AT_LEAST = dict(
     epochs=1, batch_size=1, patience=0, seed=0, weight_decay=0, warmup=0, limit=1
 )
-ABOVE = dict(lr=0, clip=0, share=0)
+ABOVE = dict(lr=0, clip=0)
 
 
 def check_values(recipe: Recipe) -> None:
@@ -119,7 +119,10 @@ def check_values(recipe: Recipe) -> None:
             raise ValueError(f"{name} must be above {low}; got {value}")
     for wrong, why in (
         (recipe.seed > 10**9, "seed must be at most a thousand million; got {seed}"),
-        (recipe.share > 1, "share must be at most 1; got {share}"),
+        (
+            not 0 < recipe.share <= 1,
+            "share must lie above 0 and be at most 1; got {share}",
+        ),
         (recipe.warmup >= 1, "warmup is a share of the steps, below 1; got {warmup}"),
         (
             recipe.length is not None and not (task and task.any_length),
