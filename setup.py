@@ -1,7 +1,7 @@
 "Hands setuptools what `settings.ini` says: the one place where the project's metadata is written."
 
 from configparser import ConfigParser
-from setuptools import setup
+from setuptools import find_packages, setup
 
 cfg = ConfigParser()
 cfg.read("settings.ini", encoding="utf-8")
@@ -13,7 +13,7 @@ setup(
     keywords=s["keywords"].split(),
     author=s["author"],
     author_email=s["author_email"],
-    packages=[s["lib_name"]],
+    packages=find_packages(include=[s["lib_name"], s["lib_name"] + ".*"]),
     project_urls={
         "Documentation": s["doc_host"] + s["doc_baseurl"],
         "Source": s["git_url"],

@@ -13,22 +13,24 @@ __all__ = [
     "local_folder",
     "read_pretrained",
     "Inputs",
+    "answer_head",
+    "check_pairs",
     "check_tokens",
+    "block_of",
     "Encoder",
     "check_arguments",
     "LaSTransformer",
-    "embedding",
-    "answer_head",
     "pool_positions",
     "count_parameters",
 ]
 
 # %% ../nbs/06_model.ipynb #ec4cdfe3
-import functools, inspect, json, re
+import inspect, json, re
 import torch
 from pathlib import Path
 from typing import Any
 from torch import nn
+from typing_extensions import Self
 from ._util import check_choice, replace_file
 from .mixers import MIXERS, mixer_options
 from .mixers.las import frozen
@@ -135,7 +137,11 @@ class Block(nn.Module):
 class Pretrained(nn.Module):
     "A model that is made again from its `config` and its weights."
 
-    config: dict[str, Any]  # arguments of the class
+    config: dict[str, Any]
+
+    def __init__(self, config: dict[str, Any]):  # config: arguments of the class
+        super().__init__()
+        self.config = config
 
     def save_pretrained(
         self,
@@ -155,7 +161,7 @@ class Pretrained(nn.Module):
         cls,
         source: str | Path,  # a folder of save_pretrained, or a model on the Hub
         **options: Any,  # for the Hub, such as `revision`; see its snapshot_download
-    ) -> "LaSTransformer":  # the model, in eval mode, on the CPU
+    ) -> Self:  # the model, in eval mode, on the CPU
         """The model of a folder, with its weights.
 
         Raises `FileNotFoundError` when there is no such folder and `ValueError` when
@@ -229,6 +235,17 @@ class Inputs(Pretrained):
     embed: nn.Embedding | nn.Linear
     position: nn.Parameter
 
+    def __init__(self, config: dict[str, Any]):  # config: as of LaSTransformer
+        super().__init__(config)
+        self.vocab, self.in_features = config["vocab"], config["in_features"]
+        self.positions, dim = config["positions"], config["dim"]
+        if self.vocab is None:
+            self.embed = nn.Linear(self.in_features, dim)
+        else:
+            self.embed = nn.Embedding(self.vocab, dim)
+        if self.positions == "learned":
+            self.position = nn.Parameter(0.02 * torch.randn(config["max_len"], dim))
+
     def check(self, inputs: torch.Tensor) -> None:
         "Raise `ValueError` unless `inputs` are what this model takes."
         real, axes = inputs.is_floating_point(), tuple(inputs.shape)
@@ -269,6 +286,21 @@ class Inputs(Pretrained):
 
 
 # %% ../nbs/06_model.ipynb #f26687a4
+def answer_head(dim: int, n_classes: int, pairs: bool) -> nn.Sequential | nn.Linear:
+    "From the vector of a sequence, or the four of a pair, to logits."
+    wide = [nn.Linear(4 * dim, dim), nn.GELU()] if pairs else []
+    answer = nn.Linear(dim, n_classes)
+    return nn.Sequential(*wide, answer) if pairs else answer
+
+
+def check_pairs(inputs: torch.Tensor) -> None:
+    "Raise `ValueError` for what holds no pairs."
+    if inputs.ndim < 3 or inputs.shape[1] != 2:
+        raise ValueError(
+            f"inputs must be pairs, (B, 2, L, ...); got {tuple(inputs.shape)}"
+        )
+
+
 def check_tokens(tokens: torch.Tensor, vocab: int) -> None:
     "Raise `ValueError` for tokens outside 0 .. vocab - 1; not read on a GPU."
     if tokens.device.type != "cpu" or not tokens.numel():
@@ -280,6 +312,22 @@ def check_tokens(tokens: torch.Tensor, vocab: int) -> None:
         )
 
 
+# %% ../nbs/06_model.ipynb #c1b4aacb
+def block_of(
+    config: dict[str, Any],  # as of LaSTransformer
+) -> Block:
+    "One block; what is no argument of the model is one of its mixer."
+    c, own = config, {k: v for k, v in config.items() if k not in ARGUMENTS}
+    for known in ("n_heads", "causal", "max_len", "rotary"):
+        own.pop(known, None)
+    rotary = c["positions"] == "rotary"
+    options = mixer_options(
+        c["mixer"], own, c["n_heads"], c["causal"], c["max_len"], rotary
+    )
+    norms = c["norm"], c["prenorm"], c["dropout"]
+    return Block(c["dim"], *norms, c["feedforward"], c["mixer"], **options)
+
+
 # %% ../nbs/06_model.ipynb #96f21edb
 class Encoder(Inputs):
     "Vectors pass the blocks; one answer for every sequence, or pair of sequences."
@@ -289,6 +337,15 @@ class Encoder(Inputs):
     blocks: nn.ModuleList
     norm: MaskedBatchNorm | PositionNorm | None
     head: nn.Sequential | nn.Linear
+
+    def __init__(self, config: dict[str, Any]):  # config: as of LaSTransformer
+        super().__init__(config)
+        c, dim = config, config["dim"]
+        self.readout, self.pairs = c["readout"], c["pairs"]
+        self.blocks = nn.ModuleList(block_of(config) for _ in range(c["depth"]))
+        # post-norm blocks end normalised
+        self.norm = NORMS[c["norm"]](dim) if c["prenorm"] else None
+        self.head = answer_head(dim, c["n_classes"], self.pairs)
 
     def features(
         self,
@@ -322,10 +379,7 @@ class Encoder(Inputs):
         "One answer per sequence, or pair of sequences."
         if not self.pairs:
             return self.head(self.read(inputs, lengths))  # (B, dim) -> (B, n_classes)
-        if inputs.ndim < 3 or inputs.shape[1] != 2:
-            raise ValueError(
-                f"inputs must be pairs, (B, 2, L, ...); got {tuple(inputs.shape)}"
-            )
+        check_pairs(inputs)
         lengths = None if lengths is None else lengths.flatten()  # (2 * B,)
         x = self.read(inputs.flatten(0, 1), lengths)  # (2 * B, L, ...) -> (2 * B, dim)
         u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (2 * B, dim) -> 2 x (B, dim)
@@ -394,45 +448,16 @@ class LaSTransformer(Encoder):
     ):
         given = {k: v for k, v in locals().items() if k in ARGUMENTS}
         check_arguments(given)
-        super().__init__()
-        rotary = positions == "rotary"
-        own = mixer_options(mixer, options, n_heads, causal, max_len, rotary)
-        own = {name: frozen(value) for name, value in own.items()}  # JSON gives lists
-        self.config = {k: v for k, v in own.items() if k != "rotary"} | given
-        self.vocab, self.in_features, self.positions = vocab, in_features, positions
-        self.readout, self.pairs = readout, pairs
-        self.embed, position = embedding(dim, vocab, in_features, positions, max_len)
-        if position is not None:
-            self.position = position
-        block = functools.partial(Block, dim, norm, prenorm, dropout, feedforward)
-        self.blocks = nn.ModuleList(block(mixer, **own) for _ in range(depth))
-        self.norm = NORMS[norm](dim) if prenorm else None  # post-norm ends normalised
-        self.head = answer_head(dim, n_classes, pairs)
+        own = mixer_options(
+            mixer, options, n_heads, causal, max_len, positions == "rotary"
+        )
+        own = {
+            k: frozen(v) for k, v in own.items() if k != "rotary"
+        }  # JSON gives lists
+        super().__init__(own | given)
 
 
 ARGUMENTS = set(inspect.signature(LaSTransformer).parameters) - {"options"}
-
-
-# %% ../nbs/06_model.ipynb #e2b24fdd
-def embedding(
-    dim: int,
-    vocab: int | None,
-    in_features: int | None,
-    positions: str | None,
-    max_len: int,
-) -> tuple[nn.Embedding | nn.Linear, nn.Parameter | None]:
-    "What turns inputs into vectors, and learned positions `(max_len, dim)`, if any."
-    learned = positions == "learned"
-    embed = nn.Linear(in_features, dim) if vocab is None else nn.Embedding(vocab, dim)
-    return embed, nn.Parameter(0.02 * torch.randn(max_len, dim)) if learned else None
-
-
-def answer_head(dim: int, n_classes: int, pairs: bool) -> nn.Sequential | nn.Linear:
-    "From the vector of a sequence, or the four of a pair, to logits."
-    if not pairs:
-        return nn.Linear(dim, n_classes)
-    wide = nn.Linear(4 * dim, dim)
-    return nn.Sequential(wide, nn.GELU(), nn.Linear(dim, n_classes))
 
 
 # %% ../nbs/06_model.ipynb #7f6de40b

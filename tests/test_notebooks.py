@@ -1,7 +1,7 @@
 """The notebooks as files: exported, clean, with outputs stored. (`make test` runs their
 cells with nbdev_test.)"""
 
-import ast, filecmp, json, re, shutil, subprocess, sys
+import ast, filecmp, json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 import pages
@@ -80,14 +80,3 @@ def test_import_cells_hold_imports_only(path):
             for n in ast.parse(source(c)).body
         ]
         assert all(kinds) or not any(kinds), f"{path.name}: {source(c)[:60]!r}"
-
-
-def test_chapters_import_earlier_chapters_only():
-    order = [p.stem[3:] for p in notebooks() if re.match(r"\d\d_", p.name)]
-    for i, name in enumerate(order):
-        code = (ROOT / "las_nb" / f"{name}.py").read_text(encoding="utf-8")
-        # nbdev makes imports of the library relative
-        found = re.findall(r"^\s*from \.(\w+) import", code, re.M)
-        assert found or name in ("attention", "kernels")
-        for used in found:
-            assert used in order[:i], f"{name} imports {used}"

@@ -51,7 +51,7 @@ class Stopped(Exception):
 
 # %% ../../nbs/18_train.ipynb #3072c701
 class RunState:
-    "What a run knows of itself. It is saved, and goes on after a cut."
+    "What a run knows of itself: first what is saved, and goes on after a cut."
 
     epoch: int  # epochs done
     step: int  # steps done in this epoch
@@ -66,6 +66,19 @@ class RunState:
     devices: list[str]
     precisions: list[str]
 
+    accelerator: Any
+    device: torch.device
+    world: int  # processes
+    rank: int  # of this one
+    net: Any  # the model, as Accelerate or torch.compile wraps it
+    optimizer: Any
+    data: dict[str, Batch | Sequences]
+    labels: str  # a checksum of them
+    steps: int  # per epoch
+    signal: int | None  # the one that came
+    asked: int  # how often pause was asked
+    saved_at: float
+
 
 # %% ../../nbs/18_train.ipynb #dd10f94f
 class Trainer(RunState):
@@ -75,20 +88,17 @@ class Trainer(RunState):
     use, or its checkpoint is damaged.
     Works under `accelerate launch` and torchrun on several devices."""
 
-    accelerator: Any
-    device: torch.device
-    world: int  # processes
-    rank: int  # of this one
+    recipe: Recipe
+    out: Path
+    name: str
+    save_minutes: float
+    deadline: float | None
+    tensorboard: bool
+    compile: bool
+    progress: bool
+    report: Callable[[dict[str, Any]], None] | None
     lock: Any
     model: LaSTransformer
-    net: Any  # the model, as Accelerate or torch.compile wraps it
-    optimizer: Any
-    data: dict[str, Batch | Sequences]
-    labels: str  # a checksum of them
-    steps: int  # per epoch
-    signal: int | None  # the one that came
-    asked: int  # how often pause was asked
-    saved_at: float
     # methods that cells below add
     run: Callable[[], dict[str, Any]]
     evaluate: Callable[[str], float]
