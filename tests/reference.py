@@ -165,9 +165,9 @@ def page(name, chapter):
             if thing.__module__ == module.__name__:
                 out.append(entry(public, thing))
             else:
-                constants.append(
-                    f"- [{public}]({thing.__module__.split('.')[-1]}.qmd#{public})"
-                )
+                lib = pages.settings()["lib_name"]
+                home = stem(thing.__module__.removeprefix(f"{lib}."))
+                constants.append(f"- [{public}]({home}.qmd#{public})")
         else:
             constants.append(f"- `{public}`: {constant(thing)}")
     if constants:
