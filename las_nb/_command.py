@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 # %% ../nbs/command.ipynb #3fd10c79
-import argparse, importlib, inspect, os, sys, typing
+import argparse, functools, importlib, inspect, os, sys, typing
 import torch
 from pathlib import Path
 from typing import Any, Callable, NoReturn
@@ -35,15 +35,20 @@ class Parser(argparse.ArgumentParser):
         refuse(message)
 
 
-# name -> (types, default, comment)
-def options_of(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, ...]]:
-    "The fields of a dataclass, or the arguments of a function, that have a default."
+@functools.cache
+def _options_of(thing: Any) -> dict[str, tuple[Any, ...]]:
     comments, options = docments(thing), {}
     for name, p in inspect.signature(thing).parameters.items():
-        if name not in ("self", *skip) and p.default is not p.empty:
+        if p.default is not p.empty:
             kinds = typing.get_args(p.annotation) or (p.annotation,)
             options[name] = kinds, p.default, comments.get(name) or ""
     return options
+
+
+# name -> (types, default, comment)
+def options_of(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, ...]]:
+    "The fields of a dataclass, or the arguments of a function, that have a default."
+    return {n: o for n, o in _options_of(thing).items() if n not in skip}
 
 
 # %% ../nbs/command.ipynb #c799e044

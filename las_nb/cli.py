@@ -159,7 +159,7 @@ def experiments_main(
     "List the experiments of the book, or make the next ones."
     todo = experiments()
     for grid in sorted((Path(results).parent / "grids").glob("full*.toml")):
-        todo |= guarded(lambda: read_grid(grid), "")
+        todo |= guarded(lambda: read_grid(grid, sized=action != "list"), "")
     work_off(
         todo, action, minutes, only, out, results, root, cpu, compile, keep_curves=True
     )

@@ -116,6 +116,7 @@ _ENTRIES = ("imports", "seeds", "reference", "tolerance", "cost", "tasks", "mixe
 
 def read_grid(
     path: str | Path,  # a TOML file
+    sized: bool = True,  # make models equally large? It takes building every one
     # "grid/task-label-seed" -> arguments of preset, seeds outermost
 ) -> dict[str, dict[str, Any]]:
     """The cells of a grid, with equal numbers of parameters.
@@ -130,7 +131,7 @@ def read_grid(
             importlib.import_module(name)
         except ImportError as e:
             raise ValueError(f"{path} imports {name}: {e}") from None
-    cells = _cells_of(grid)
+    cells = _cells_of(grid, sized)
     if not cells:
         raise ValueError(f"{path} names no tasks: write [tasks.digits], for example")
     return {
@@ -140,7 +141,9 @@ def read_grid(
     }
 
 
-def _cells_of(grid: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+def _cells_of(
+    grid: dict[str, Any], sized: bool
+) -> dict[tuple[str, str], dict[str, Any]]:
     "(Task, label) -> arguments of preset, as large as the reference on that task."
     variants = _variants(grid["mixers"])
     reference = grid["reference"]
@@ -152,9 +155,11 @@ def _cells_of(grid: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
         for label in wanted:
             check_choice("mixers", label, tuple(variants))
         runs = {label: arguments(task, common | variants[label]) for label in wanted}
-        target = count(arguments(task, common | variants[reference]))
-        for label, args in runs.items():
-            cells[task, label] = equalised(args, target, grid.get("tolerance", 0.03))
+        if sized:
+            target = count(arguments(task, common | variants[reference]))
+            tolerance = grid.get("tolerance", 0.03)
+            runs = {n: equalised(args, target, tolerance) for n, args in runs.items()}
+        cells |= {(task, label): args for label, args in runs.items()}
     return cells
 
 

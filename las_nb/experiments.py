@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # %% ../nbs/experiments.ipynb #19c34e2c
-import fnmatch, functools, gc, json, math, os, sys, time
+import fnmatch, functools, gc, json, math, os, re, sys, time
 from pathlib import Path
 from typing import Any, Callable
 from ._command import guarded, needs, summary, trouble
@@ -106,12 +106,12 @@ def status(
     "How an experiment stands."
     try:
         record = json.loads((results / f"{name}.json").read_text())
-        changed = (
-            ""
-            if record["command"]
-            == command_line(preset(**(todo or experiments())[name]))
-            else " (with other settings than now)"
-        )
+        args = (todo or experiments())[name]
+        made = record["command"]
+        if "feedforward" not in args:  # a cell whose size has not been worked out
+            made = re.sub(r" --feedforward \d+", "", made)
+        same = made == command_line(preset(**args))
+        changed = "" if same else " (with other settings than now)"
         return "finished", f"test {record['test']:.2f} % on {record['device']}{changed}"
     except FileNotFoundError:
         pass

@@ -137,6 +137,22 @@ def test_registers_are_full_whatever_is_imported_first(first):
     assert said.split() == ["13", "14"]
 
 
+def test_the_list_of_runs_builds_no_model():
+    "More than a thousand runs are listed from their files alone."
+    code = """
+import las_nb.cli, las_nb.model
+def refuse(*args, **options): raise AssertionError("a model was built")
+las_nb.model.LaSTransformer.__init__ = refuse
+las_nb.cli.experiments_main("list")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    lines = done.stdout.splitlines()
+    assert len(lines) > 1000 and any("finished" in line for line in lines)
+
+
 # --- lines and cells
 
 

@@ -134,14 +134,18 @@ class LaSAttention(SelfAttention):
         # block length of LaS-chunk; None = attention everywhere
         chunk: int | None = None,
     ):
-        rates = decay_rates(n_heads, max_rate, spacing)
-        window_weights(window, n_heads)
+        # numbers, even where weights are to have none yet (device "meta")
+        with torch.device("cpu"):
+            rates = decay_rates(n_heads, max_rate, spacing)
+            window_weights(window, n_heads)
         check_choice("pool", pool, POOLS)
         check_choice("method", method, METHODS)
         check_limits(tol, score_bound, chunk, n_heads)
         super().__init__(dim, n_heads, causal)
         self.window, self.pool, self.method = frozen(window), pool, method
         self.tol, self.score_bound, self.chunk = tol, frozen(score_bound), chunk
+        made_on = self.qkv.weight.device
+        rates = rates if made_on.type == "meta" else rates.to(made_on)
         self.register_buffer("rates", rates, persistent=False)
         self.plain_rates = tuple(rates.tolist())  # known without asking the device
 
