@@ -38,7 +38,7 @@ def digits_data() -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/small_digits.ipynb #fa992ca5
 def small_digits(root: Path | None = None) -> dict[str, Batch]:  # needs no files
-    "The 8x8 digits of the last chapter: 1212, 135 and 450 sequences `(64, 1)`."
+    "The 8x8 digits with a validation part: 1212, 135 and 450 sequences `(64, 1)`."
     d = digits_data()
     train, valid = hold_out(Batch(d["x_train"], None, d["y_train"]))
     return dict(train=train, valid=valid, test=Batch(d["x_test"], None, d["y_test"]))

@@ -34,7 +34,7 @@ class Task(NamedTuple):
     make: Callable[..., tuple[Path, str]] | None = None
     # name -> (split -> one whole number per sequence): what a trivial reader looks at
     readers: dict[str, Callable[..., torch.Tensor]] = {}
-    # name -> settings of the next chapter's Recipe
+    # name -> settings of a Recipe, see las_nb.train
     presets: dict[str, dict[str, Any]] = {}
 
 
