@@ -18,6 +18,11 @@ test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs c
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest
 
+quick: .venv/ready  ## what a small change needs: layout, export in sync, imports, core mathematics, two notebooks
+	$(BIN)/ruff check -q nbs las_nb tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x tests/test_notebooks.py tests/test_rooms.py tests/test_las.py
+	for page in 05_las 06_model; do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --path nbs/$$page.ipynb || exit 1; done
+
 lab: .venv/ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
@@ -54,4 +59,4 @@ bench: .venv/ready  ## repeat the measurements of the speed page (about 25 minut
 	$(BENCH) --max_rate 0.5 --name bench-cpu-forward
 	$(BENCH) --backward --lengths 16384,65536 --max_rate 0.5 --ways auto --name bench-cpu-memory
 
-.PHONY: help train test lab sync docs experiments results bench
+.PHONY: help train test quick lab sync docs experiments results bench
