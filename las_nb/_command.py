@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "WORDS",
     "Parser",
     "options_of",
     "read_option",
@@ -52,7 +51,7 @@ def options_of(thing: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, .
 
 
 # %% ../nbs/command.ipynb #c799e044
-WORDS = dict(int="a whole number", float="a number", bool="true or false")
+_WORDS = dict(int="a whole number", float="a number", bool="true or false")
 
 
 def read_option(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
@@ -65,7 +64,7 @@ def read_option(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (ValueError, KeyError):
-        wanted = WORDS.get(kind.__name__, kind.__name__)
+        wanted = _WORDS.get(kind.__name__, kind.__name__)
         raise ValueError(f"--{name} takes {wanted}; got {text!r}") from None
 
 

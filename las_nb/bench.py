@@ -8,7 +8,6 @@ __all__ = [
     "WHOLE_MODELS",
     "Case",
     "make_inputs",
-    "trained_inputs",
     "Skip",
     "plain",
     "las",
@@ -16,12 +15,10 @@ __all__ = [
     "memory_left",
     "flex",
     "alibi",
-    "fastest_backend",
     "call",
     "timed",
     "compare_ways",
     "error_of",
-    "resident",
     "peak_of",
     "probe_memory",
     "answer",
@@ -32,7 +29,6 @@ __all__ = [
     "speed_table",
     "plot_speed",
     "numbers",
-    "read_cases",
     "measure",
     "bench_main",
 ]
@@ -84,14 +80,14 @@ def make_inputs(
     rates = decay_rates(case.heads, case.max_rate)
     kind = dict(device=case.device, dtype=getattr(torch, case.dtype))
     if case.trained:
-        a = trained_inputs(case)
+        a = _trained_inputs(case)
     else:
         a = torch.randn(3, case.batch, case.heads, case.L, case.width)
     a = [t.to(**kind) for t in (a[0] * case.score_scale, a[1], a[2])]
     return [t.requires_grad_(case.backward) for t in a], tuple(rates.tolist())
 
 
-def trained_inputs(case: Case) -> list[torch.Tensor]:
+def _trained_inputs(case: Case) -> list[torch.Tensor]:
     """Queries, keys and values of the first layer of a trained model that reads rows of
     8 x 8 digits."""
     from las_nb.tasks.digits import digits_data
@@ -220,7 +216,9 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 # %% ../nbs/16_bench.ipynb #5b1ec171
-def fastest_backend(case: Case, a: list[torch.Tensor]) -> tuple[Callable[[], Any], str]:
+def _fastest_backend(
+    case: Case, a: list[torch.Tensor]
+) -> tuple[Callable[[], Any], str]:
     "A context in which plain attention is as fast as torch can be here, and its name."
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -285,7 +283,7 @@ def compare_ways(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     "Time of all methods of a case, in turn."
     a, rates = make_inputs(case)
-    context, backend = fastest_backend(case, a)
+    context, backend = _fastest_backend(case, a)
 
     def clock(name):
         with context() if name == "plain" else contextlib.nullcontext():
@@ -352,7 +350,7 @@ def error_of(
 
 
 # %% ../nbs/16_bench.ipynb #1f49b1f2
-def resident(peak: bool = False) -> int:
+def _resident(peak: bool = False) -> int:
     "Bytes of memory that this process holds, or has held at most."
     entry = "VmHWM" if peak else "VmRSS"
     try:
@@ -372,9 +370,9 @@ def peak_of(call: Callable[[], Any], device: str) -> int:  # bytes
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    before = resident()
+    before = _resident()
     call()
-    return resident(peak=True) - before
+    return _resident(peak=True) - before
 
 
 def probe_memory(name: str, case: dict[str, Any]) -> int:
@@ -583,7 +581,7 @@ def numbers(name: str, text: object, kind: type[Any]) -> list[Any]:
 
 
 # %% ../nbs/16_bench.ipynb #0b6c038c
-def read_cases(
+def _read_cases(
     device: str,  # cpu or cuda
     dtype: str,  # float32, bfloat16 or float16
     lengths: str,  # L, with commas between
@@ -696,7 +694,7 @@ def bench_main(
             if way not in WAYS:
                 raise ValueError(f"--ways knows {', '.join(WAYS)}; got {way!r}")
         numbers("rounds", rounds, int)
-        cases = read_cases(
+        cases = _read_cases(
             device, dtype, lengths, *shape, tol, backward, score_scale, trained
         )
     except (ValueError, FileNotFoundError) as e:

@@ -10,8 +10,6 @@ __all__ = [
     "read_grid",
     "count",
     "equalised",
-    "one_batch",
-    "step_on",
     "probe_step",
     "parts",
     "measure_cost",
@@ -195,7 +193,7 @@ def equalised(
 
 
 # %% ../nbs/12_compare.ipynb #746d4f34
-def one_batch(args: dict[str, Any], root: str | None, device: str) -> Batch:
+def _one_batch(args: dict[str, Any], root: str | None, device: str) -> Batch:
     "The first batch of a cell's data, cut to a thousand sequences."
     recipe = preset(**args)
     limit = recipe.limit or 1000
@@ -207,7 +205,7 @@ def one_batch(args: dict[str, Any], root: str | None, device: str) -> Batch:
     return next(iter(batches(data, recipe.batch_size, order)))
 
 
-def step_on(args: dict[str, Any], batch: Batch) -> Callable[[], float]:
+def _step_on(args: dict[str, Any], batch: Batch) -> Callable[[], float]:
     "A function that trains the model of a cell on a batch."
     model = build(preset(**args)).to(batch.labels.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -216,9 +214,9 @@ def step_on(args: dict[str, Any], batch: Batch) -> Callable[[], float]:
 
 def probe_step(args: dict[str, Any], root: str | None, device: str) -> int:  # bytes
     "Peak memory of a training step over what model and data take."
-    batch = one_batch(args, root, device)
-    step_on(args, batch.first(1))()  # what loads at first use
-    return peak_of(step_on(args, batch), device)
+    batch = _one_batch(args, root, device)
+    _step_on(args, batch.first(1))()  # what loads at first use
+    return peak_of(_step_on(args, batch), device)
 
 
 def parts(name: str) -> tuple[str, str, int]:  # task, label, seed
@@ -253,7 +251,7 @@ def _cost_on_task(
 ) -> dict[str, dict[str, Any]]:
     "Label -> what a step of its model costs."
     batch = _shared_batches(runs, root, device)
-    steps = {label: step_on(args, batch[label]) for label, args in runs.items()}
+    steps = {label: _step_on(args, batch[label]) for label, args in runs.items()}
     found = {}
     for label, seconds in _in_turn(steps, rounds).items():
         median = statistics.median(seconds)
@@ -279,7 +277,7 @@ def _shared_batches(
         recipe = preset(**args)
         key = recipe.limit, recipe.sample, recipe.batch_size, recipe.seed
         if key not in known:
-            known[key] = one_batch(args, root, device)
+            known[key] = _one_batch(args, root, device)
         batch[label] = known[key]
     return batch
 

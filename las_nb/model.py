@@ -5,20 +5,12 @@
 # %% auto #0
 __all__ = [
     "NORMS",
-    "ARGUMENTS",
     "MaskedBatchNorm",
     "PositionNorm",
     "Block",
     "Pretrained",
-    "local_folder",
-    "read_pretrained",
     "Inputs",
-    "answer_head",
-    "check_pairs",
-    "check_tokens",
-    "block_of",
     "Encoder",
-    "check_arguments",
     "LaSTransformer",
     "pool_positions",
     "count_parameters",
@@ -168,8 +160,8 @@ class Pretrained(nn.Module):
         its files are damaged. The Hub needs huggingface_hub: `las_nb[hub]`."""
         from safetensors.torch import load
 
-        folder = local_folder(source, **options)
-        config, weights = read_pretrained(folder)
+        folder = _local_folder(source, **options)
+        config, weights = _read_pretrained(folder)
         try:
             model = cls(**config)
             model.load_state_dict(load(weights))
@@ -189,7 +181,7 @@ class Pretrained(nn.Module):
 
 
 # %% ../nbs/06_model.ipynb #6f1a5585
-def local_folder(
+def _local_folder(
     source: str | Path,  # a folder, or `owner/model`
     **options: Any,  # of huggingface_hub's snapshot_download
 ) -> Path:
@@ -209,7 +201,7 @@ def local_folder(
     return Path(snapshot_download(str(source), allow_patterns=wanted, **options))
 
 
-def read_pretrained(
+def _read_pretrained(
     folder: Path,  # of save_pretrained
 ) -> tuple[dict[str, Any], bytes]:  # arguments, weights
     "What a folder holds; raises as `from_pretrained` does."
@@ -275,7 +267,7 @@ class Inputs(Pretrained):
         inputs = clear_padding(inputs, lengths)
         if self.vocab:
             inputs = inputs.long()
-            check_tokens(inputs, self.vocab)
+            _check_tokens(inputs, self.vocab)
         # (B, L, dim); under autocast too, what blocks add to stays float32
         x = self.embed(inputs).to(self.embed.weight.dtype)
         if self.positions == "sinusoidal":
@@ -286,14 +278,14 @@ class Inputs(Pretrained):
 
 
 # %% ../nbs/06_model.ipynb #f26687a4
-def answer_head(dim: int, n_classes: int, pairs: bool) -> nn.Sequential | nn.Linear:
+def _answer_head(dim: int, n_classes: int, pairs: bool) -> nn.Sequential | nn.Linear:
     "From the vector of a sequence, or the four of a pair, to logits."
     wide = [nn.Linear(4 * dim, dim), nn.GELU()] if pairs else []
     answer = nn.Linear(dim, n_classes)
     return nn.Sequential(*wide, answer) if pairs else answer
 
 
-def check_pairs(inputs: torch.Tensor) -> None:
+def _check_pairs(inputs: torch.Tensor) -> None:
     "Raise `ValueError` for what holds no pairs."
     if inputs.ndim < 3 or inputs.shape[1] != 2:
         raise ValueError(
@@ -301,7 +293,7 @@ def check_pairs(inputs: torch.Tensor) -> None:
         )
 
 
-def check_tokens(tokens: torch.Tensor, vocab: int) -> None:
+def _check_tokens(tokens: torch.Tensor, vocab: int) -> None:
     "Raise `ValueError` for tokens outside 0 .. vocab - 1; not read on a GPU."
     if tokens.device.type != "cpu" or not tokens.numel():
         return
@@ -313,11 +305,11 @@ def check_tokens(tokens: torch.Tensor, vocab: int) -> None:
 
 
 # %% ../nbs/06_model.ipynb #c1b4aacb
-def block_of(
+def _block_of(
     config: dict[str, Any],  # as of LaSTransformer
 ) -> Block:
     "One block; what is no argument of the model is one of its mixer."
-    c, own = config, {k: v for k, v in config.items() if k not in ARGUMENTS}
+    c, own = config, {k: v for k, v in config.items() if k not in _ARGUMENTS}
     for known in ("n_heads", "causal", "max_len", "rotary"):
         own.pop(known, None)
     rotary = c["positions"] == "rotary"
@@ -342,10 +334,10 @@ class Encoder(Inputs):
         super().__init__(config)
         c, dim = config, config["dim"]
         self.readout, self.pairs = c["readout"], c["pairs"]
-        self.blocks = nn.ModuleList(block_of(config) for _ in range(c["depth"]))
+        self.blocks = nn.ModuleList(_block_of(config) for _ in range(c["depth"]))
         # post-norm blocks end normalised
         self.norm = NORMS[c["norm"]](dim) if c["prenorm"] else None
-        self.head = answer_head(dim, c["n_classes"], self.pairs)
+        self.head = _answer_head(dim, c["n_classes"], self.pairs)
 
     def features(
         self,
@@ -379,7 +371,7 @@ class Encoder(Inputs):
         "One answer per sequence, or pair of sequences."
         if not self.pairs:
             return self.head(self.read(inputs, lengths))  # (B, dim) -> (B, n_classes)
-        check_pairs(inputs)
+        _check_pairs(inputs)
         lengths = None if lengths is None else lengths.flatten()  # (2 * B,)
         x = self.read(inputs.flatten(0, 1), lengths)  # (2 * B, L, ...) -> (2 * B, dim)
         u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (2 * B, dim) -> 2 x (B, dim)
@@ -391,7 +383,7 @@ class Encoder(Inputs):
 
 
 # %% ../nbs/06_model.ipynb #5d6b91cd
-def check_arguments(given: dict[str, Any]) -> None:
+def _check_arguments(given: dict[str, Any]) -> None:
     "Raise `ValueError` for sizes and names that a model cannot have."
     optional = ("vocab", "in_features", "feedforward")
     for name in ("n_classes", "dim", "depth", "max_len", *optional):
@@ -446,8 +438,8 @@ class LaSTransformer(Encoder):
         mixer: str = "las",  # the layer that mixes positions: a key of MIXERS
         **options: Any,  # of the mixer; of "las": max_rate, window, pool, ...
     ):
-        given = {k: v for k, v in locals().items() if k in ARGUMENTS}
-        check_arguments(given)
+        given = {k: v for k, v in locals().items() if k in _ARGUMENTS}
+        _check_arguments(given)
         own = mixer_options(
             mixer, options, n_heads, causal, max_len, positions == "rotary"
         )
@@ -457,7 +449,7 @@ class LaSTransformer(Encoder):
         super().__init__(own | given)
 
 
-ARGUMENTS = set(inspect.signature(LaSTransformer).parameters) - {"options"}
+_ARGUMENTS = set(inspect.signature(LaSTransformer).parameters) - {"options"}
 
 
 # %% ../nbs/06_model.ipynb #7f6de40b

@@ -20,9 +20,6 @@ __all__ = [
     "far_delta",
     "Band",
     "far_field",
-    "add_far",
-    "far_gradients",
-    "DecayedWindows",
     "one_sided",
     "merge",
     "shift",
@@ -335,7 +332,7 @@ def far_field(
 
 
 # %% ../../nbs/15_fast.ipynb #79f56dcd
-def add_far(
+def _add_far(
     o: torch.Tensor,  # output of the near keys `(B, H, n, b, D)`
     lse: torch.Tensor,  # log of their denominators `(B, H, n, b)`
     far_o: torch.Tensor,  # mean of the far values `(B, H, n, 1 or b, D)`
@@ -348,7 +345,7 @@ def add_far(
 
 
 # %% ../../nbs/15_fast.ipynb #14555dc0
-def far_gradients(
+def _far_gradients(
     g: torch.Tensor,  # gradient of `o`
     g_lse: torch.Tensor | None,  # gradient of `lse`
     o: torch.Tensor,  # the whole output `(B, H, n, b, D)`
@@ -366,7 +363,7 @@ def far_gradients(
 
 
 # %% ../../nbs/15_fast.ipynb #f479b66a
-class DecayedWindows(torch.autograd.Function):
+class _DecayedWindows(torch.autograd.Function):
     """Blocks of queries attend to their windows of keys, and to a far part given by its
     mean and its log weight."""
 
@@ -388,7 +385,7 @@ class DecayedWindows(torch.autograd.Function):
         o, lse, ctx.rest = flash(*x, scale)
         o, lse = o.unflatten(0, N), lse.unflatten(0, N)  # (B, H, n, b, D), (B, H, n, b)
         if far_o is not None:
-            o, lse = add_far(o, lse, far_o, far_lse)
+            o, lse = _add_far(o, lse, far_o, far_lse)
         ctx.save_for_backward(q, k, v, rates, far_o, far_lse, o, lse)
         ctx.b = b
         return o.flatten(2, 3), lse.flatten(2, 3)  # (B, H, n * b, D), (B, H, n * b)
@@ -417,7 +414,7 @@ class DecayedWindows(torch.autograd.Function):
         gv = overlap_add(gv, b)
         if far_o is None:
             return gq, gk, gv, None, None, None, None
-        far = far_gradients(g, g_lse, o, lse, far_o, far_lse)
+        far = _far_gradients(g, g_lse, o, lse, far_o, far_lse)
         return gq, gk, gv, None, None, *far
 
 
@@ -433,14 +430,14 @@ def one_sided(
     L, D)`, log of the denominators `(B, H, L)`."""
     L = q.shape[2]
     if band is None:
-        return DecayedWindows.apply(q, k, v, rates, L, None, None)
+        return _DecayedWindows.apply(q, k, v, rates, L, None, None)
     b, K = band.block, band.block + band.reach
     pad = (0, 0, 0, -(L - K) % b)
     first, q = q.split([K, L - K], 2)
     # no far field yet
-    first = DecayedWindows.apply(first, k[:, :, :K], v[:, :, :K], rates, K, None, None)
+    first = _DecayedWindows.apply(first, k[:, :, :K], v[:, :, :K], rates, K, None, None)
     q = F.pad(q, pad)
-    rest = DecayedWindows.apply(
+    rest = _DecayedWindows.apply(
         q,
         F.pad(k[:, :, b:], pad),
         F.pad(v[:, :, b:], pad),

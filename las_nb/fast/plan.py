@@ -6,18 +6,14 @@
 __all__ = [
     "TOL",
     "METHODS",
-    "COSTS",
     "score_bounds",
-    "near_keys",
     "serves",
     "fit_band",
     "Group",
     "cost",
-    "join_groups",
     "is_small",
     "ways",
     "plan",
-    "round_up",
     "plan_call",
 ]
 
@@ -46,7 +42,7 @@ def score_bounds(
 
 
 # %% ../../nbs/plan.ipynb #09b07ca4
-def near_keys(rate: float, bound: float, tol: float, order: int = 0) -> int:
+def _near_keys(rate: float, bound: float, tol: float, order: int = 0) -> int:
     "How many keys before its own a query must take as near."
     return max(0, math.ceil(math.log(max(bound / far_delta(tol, order), 1)) / rate) - 1)
 
@@ -59,8 +55,8 @@ def serves(
     exponents small enough?"""
     cap = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)
     return (
-        near_keys(rate, bound, tol, 1 if band.zone else 0) <= band.reach
-        and near_keys(rate, bound, tol) <= band.reach + band.zone * band.block
+        _near_keys(rate, bound, tol, 1 if band.zone else 0) <= band.reach
+        and _near_keys(rate, bound, tol) <= band.reach + band.zone * band.block
         and rate * (band.reach + band.block - 1) <= cap
     )
 
@@ -80,7 +76,7 @@ def fit_band(
         return None
     # bands of float16 are computed in float32
     cap = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)
-    near = near_keys(rate, bound, tol, order)
+    near = _near_keys(rate, bound, tol, order)
     b = max(unit, -(-near // (4 * unit)) * unit)
     while b > 1 and rate * (-(-near // b) * b + b) > cap:
         b -= max(1, b // 8)
@@ -88,7 +84,9 @@ def fit_band(
     if reach + b >= L or rate * (reach + b - 1) > cap:
         return None
     return Band(
-        b, reach, max(0, -(-(near_keys(rate, bound, tol) - reach) // b)) if order else 0
+        b,
+        reach,
+        max(0, -(-(_near_keys(rate, bound, tol) - reach) // b)) if order else 0,
     )
 
 
@@ -101,7 +99,7 @@ TOL = {
 }
 METHODS = ("auto", "dense", "sdpa", "flex", "linear")
 # of a band: per key, per query and per call, in keys of torch's attention
-COSTS = {"cpu": (1.3, 150, 4e5), "cuda": (1.1, 900, 2e8), "linear": (1, 0, 0)}
+_COSTS = {"cpu": (1.3, 150, 4e5), "cuda": (1.1, 900, 2e8), "linear": (1, 0, 0)}
 
 
 # %% ../../nbs/plan.ipynb #7094b2d1
@@ -129,7 +127,7 @@ def cost(
 
 
 # %% ../../nbs/plan.ipynb #d3c5e9f1
-def join_groups(
+def _join_groups(
     groups: list[Group],
     fits: Callable[[Band, int], bool],
     price: Callable[[Group], float],
@@ -212,20 +210,22 @@ def plan(
         method = "dense"
     if method in ("dense", "flex"):
         return [Group(method, tuple(range(H)))]
-    costs = COSTS["linear"] if method == "linear" else COSTS.get(device, COSTS["cuda"])
+    costs = (
+        _COSTS["linear"] if method == "linear" else _COSTS.get(device, _COSTS["cuda"])
+    )
     bounds = bounds or (1.0,) * H
     price = functools.partial(cost, L=L, batch=batch, costs=costs)
     unit, best = 16 if device == "cpu" else 64, []
     for h in sorted(range(H), key=lambda h: rates[h]):
         found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
         best.append(min(found, key=price, default=Group("dense", (h,))))
-    return join_groups(
+    return _join_groups(
         best, lambda band, h: serves(band, rates[h], bounds[h], tol, dtype), price
     )
 
 
 # %% ../../nbs/plan.ipynb #dadf7527
-def round_up(bound: float) -> float:
+def _round_up(bound: float) -> float:
     """The next power of four, so that a plan does not change with every batch; 1 where
     there is no bound."""
     return 4.0 ** math.ceil(math.log(max(bound, 1), 4)) if math.isfinite(bound) else 1.0
@@ -262,7 +262,7 @@ def plan_call(
         ):
             return groups, None
         found = score_bounds(q, k).tolist()
-        return make(bounds=tuple(round_up(s * gain) for s in found)), None
+        return make(bounds=tuple(_round_up(s * gain) for s in found)), None
     bounds = (
         tuple(score_bound)
         if isinstance(score_bound, (tuple, list))

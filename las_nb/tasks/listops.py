@@ -5,12 +5,8 @@
 # %% auto #0
 __all__ = [
     "OPERATORS",
-    "DIGITS",
     "COMPUTE",
-    "BLOCK",
-    "PARTS",
     "VOCAB",
-    "CODES",
     "grow",
     "long_tree",
     "to_text",
@@ -19,7 +15,6 @@ __all__ = [
     "write_listops",
     "to_tokens",
     "read_listops",
-    "make_listops",
     "listops",
     "root_operator",
     "root_and_digits",
@@ -92,7 +87,7 @@ def to_text(tree: Any) -> str:
 
 
 # %% ../../nbs/19_listops.ipynb #74c23ae8
-DIGITS = frozenset("0123456789")
+_DIGITS = frozenset("0123456789")
 COMPUTE: dict[str, Callable[[list[int]], int]] = dict(
     MIN=min,
     MAX=max,
@@ -107,7 +102,7 @@ def evaluate(
     "The value of a list; raises `ValueError` that names the token at fault."
     stack = [[]]
     for token in text.replace("(", "").replace(")", "").split():
-        if token in DIGITS:
+        if token in _DIGITS:
             stack[-1].append(int(token))
         elif token[0] == "[" and token[1:] in COMPUTE:
             stack.append([token[1:]])
@@ -128,7 +123,7 @@ def evaluate(
 
 
 # %% ../../nbs/19_listops.ipynb #be75c3c4
-BLOCK = 250  # trees drawn from one source of randomness
+_BLOCK = 250  # trees drawn from one source of randomness
 
 
 def block_of_lines(
@@ -145,7 +140,7 @@ def block_of_lines(
 
 
 # %% ../../nbs/19_listops.ipynb #27c6bfd9
-PARTS = {"train": 96_000, "val": 2_000, "test": 2_000}
+_PARTS = {"train": 96_000, "val": 2_000, "test": 2_000}
 
 
 def write_listops(
@@ -169,13 +164,13 @@ def write_listops(
             "low must be at least 3 and high larger by more than 2; "
             f"got {low} and {high}"
         )
-    counts = PARTS
+    counts = _PARTS
     if size is not None:
-        counts = {part: min(n, size) for part, n in PARTS.items()} | dict(train=size)
+        counts = {part: min(n, size) for part, n in _PARTS.items()} | dict(train=size)
     todo = [
-        (part, i, min(BLOCK, n - i * BLOCK))
+        (part, i, min(_BLOCK, n - i * _BLOCK))
         for part, n in counts.items()
-        for i in range(-(-n // BLOCK))
+        for i in range(-(-n // _BLOCK))
     ]
     if sum(counts.values()) <= 2000:
         jobs = 1
@@ -208,7 +203,7 @@ def _write_blocks(
 
 # %% ../../nbs/19_listops.ipynb #8b4604b5
 VOCAB = ["pad", "end", "]", *"0123456789", *(f"[{o}" for o in OPERATORS)]
-CODES = bytes.maketrans(b"]0123456789nxds", bytes(range(2, 17)))
+_CODES = bytes.maketrans(b"]0123456789nxds", bytes(range(2, 17)))
 
 
 def to_tokens(
@@ -217,7 +212,7 @@ def to_tokens(
     "A line of the files as a model reads it; parentheses and spaces are dropped."
     for operator, letter in zip((b"[MIN", b"[MAX", b"[MED", b"[SM"), b"nxds"):
         text = text.replace(operator, bytes([letter]))
-    return text.translate(CODES, b"() ") + b"\1"
+    return text.translate(_CODES, b"() ") + b"\1"
 
 
 # %% ../../nbs/19_listops.ipynb #194fa1cb
@@ -260,7 +255,7 @@ def _read_line(line: bytes) -> tuple[bytes, int]:
 
 
 # %% ../../nbs/19_listops.ipynb #805167b1
-def make_listops(
+def _make_listops(
     root: Path,  # as from data_root
     size: int | None = None,  # training trees; None for all 96,000
     seed: int = 0,
@@ -268,12 +263,12 @@ def make_listops(
     sample: bool = False,  # 500 trees for training and as many for validation and test
 ) -> tuple[Path, str]:  # folder of the files, where they come from
     "The files of ListOps: official ones where they lie, else generated."
-    if size is not None and size > PARTS["train"]:
+    if size is not None and size > _PARTS["train"]:
         raise ValueError(
-            f"ListOps has {PARTS['train']:,} training trees; write_listops makes more; "
+            f"ListOps has {_PARTS['train']:,} training trees; write_listops makes more; "
             f"got {size:,}"
         )
-    if size == PARTS["train"]:
+    if size == _PARTS["train"]:
         size = None
 
     def write(folder):
@@ -287,7 +282,7 @@ def make_listops(
         size,
         seed,
         sample,
-        whole=lambda folder: all((folder / f"basic_{p}.tsv").exists() for p in PARTS),
+        whole=lambda folder: all((folder / f"basic_{p}.tsv").exists() for p in _PARTS),
     )
 
 
@@ -299,7 +294,7 @@ def listops(
     seed: int = 0,
 ) -> dict[str, Sequences]:  # "train", "valid", "test"
     "ListOps as tokens; generated first if need be."
-    folder, source = make_listops(root, limit, seed, sample=sample)
+    folder, source = _make_listops(root, limit, seed, sample=sample)
     names = {"train": "train", "valid": "val", "test": "test"}
     files = {part: folder / f"basic_{name}.tsv" for part, name in names.items()}
     for f in files.values():
@@ -358,7 +353,7 @@ register_task(
         10,
         vocab=len(VOCAB),
         max_len=2048,
-        make=unpacked_first("listops-1000", make_listops),
+        make=unpacked_first("listops-1000", _make_listops),
         readers={
             "root operator": root_operator,
             "root and its digits": root_and_digits,

@@ -7,28 +7,19 @@ __all__ = [
     "SETTINGS",
     "kit",
     "FOLDER",
-    "FIRST",
-    "Setting",
     "distances",
     "halved",
     "widened",
-    "Kit",
     "place",
     "lay",
     "Ground",
     "Contours",
     "begin",
     "extend",
-    "two_contours",
-    "distract",
-    "Scenes",
     "scenes",
     "folders",
-    "write_folder",
     "write_pathfinder",
     "read_pathfinder",
-    "listings_of",
-    "make_pathfinder",
     "pathfinder",
     "pixels",
 ]
@@ -46,7 +37,7 @@ from .task import Task, register_task
 
 
 # %% ../../nbs/20_pathfinder.ipynb #d6e3cbd4
-class Setting(NamedTuple):
+class _Setting(NamedTuple):
     "How pictures of one size are drawn; lengths in pixels."
 
     side: int  # of the picture
@@ -64,8 +55,8 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    32: Setting(32, 2, 0.5, (1,), 1.5, 7, 1.0, 1.5, 5),
-    128: Setting(128, 5, 1.5, (2, 3), 3.0, 20, 1.8, 0.9, 8),
+    32: _Setting(32, 2, 0.5, (1,), 1.5, 7, 1.0, 1.5, 5),
+    128: _Setting(128, 5, 1.5, (2, 3), 3.0, 20, 1.8, 0.9, 8),
 }
 
 
@@ -104,10 +95,10 @@ def widened(patch: Any, radius: int) -> Any:
 
 
 # %% ../../nbs/20_pathfinder.ipynb #6b09887c
-class Kit:
+class _Kit:
     "Everything about a setting that can be looked up."
 
-    setting: Setting
+    setting: _Setting
     margin: int
     pad: int
     # arrays
@@ -173,7 +164,7 @@ def _stamps(patches: list[Any], scale: int) -> Any:  # uint8 `(len(patches), k, 
     return np.stack([np.rint(scale * halved(p)).astype(np.uint8) for p in patches])
 
 
-kit: Callable[[int, int], Kit] = lru_cache(None)(Kit)  # (side, margin) -> Kit
+kit: Callable[[int, int], _Kit] = lru_cache(None)(_Kit)  # (side, margin) -> Kit
 
 
 # %% ../../nbs/20_pathfinder.ipynb #050f1dd3
@@ -200,11 +191,11 @@ def lay(canvas: Any, stamps: Any, kind: Any, row: Any, y: Any, x: Any) -> None:
 class Ground:
     "What is taken, in a stack of pictures."
 
-    kit: Kit
+    kit: _Kit
     taken: Any
     near: Any  # arrays `(n, side, side)` with borders
 
-    def __init__(self, kit: Kit, n: int):
+    def __init__(self, kit: _Kit, n: int):
         import numpy as np
 
         self.kit = kit
@@ -242,7 +233,7 @@ class Contours(NamedTuple):
         )
 
 
-def begin(kit: Kit, kind: Any, y: Any, x: Any) -> Contours:
+def begin(kit: _Kit, kind: Any, y: Any, x: Any) -> Contours:
     "Contours of one paddle, which begins at `(y, x)`."
     import numpy as np
 
@@ -299,8 +290,8 @@ def _weights(ground: Ground, row: Any, pivot: tuple[Any, Any], angle: Any) -> An
 
 
 # %% ../../nbs/20_pathfinder.ipynb #9f059a01
-def two_contours(
-    kit: Kit,
+def _two_contours(
+    kit: _Kit,
     n: int,  # attempts
     random: Any,  # numpy RandomState
     # Ground of the attempts that succeeded, their two Contours
@@ -326,7 +317,7 @@ def two_contours(
 
 
 # %% ../../nbs/20_pathfinder.ipynb #32a7f1c1
-def distract(
+def _distract(
     ground: Ground,
     row: Any,  # pictures `(b,)` that shall get one
     random: Any,  # numpy RandomState
@@ -357,7 +348,7 @@ def distract(
 
 
 # %% ../../nbs/20_pathfinder.ipynb #7c410c1e
-class Scenes(NamedTuple):
+class _Scenes(NamedTuple):
     "Pictures, and how they came about."
 
     pictures: Any  # uint8 `(N, side, side)`
@@ -373,7 +364,7 @@ def scenes(
     margin: int,  # one of the setting's
     attempts: int,  # how many pictures are begun; few are finished
     random: Any,  # numpy RandomState
-) -> Scenes:
+) -> _Scenes:
     """Draw pictures of Pathfinder (32) or Path-X (128).
 
     Source: Linsley et al. (2018), arXiv 1805.08315, with the settings of the Long Range
@@ -381,13 +372,13 @@ def scenes(
     import numpy as np
 
     k = kit(side, margin)
-    ground, pair = two_contours(k, attempts, random)
+    ground, pair = _two_contours(k, attempts, random)
     n, every = len(ground.taken), np.arange(len(ground.taken))
     extra = []
     for _ in range(k.setting.distractors):
         row = every
         for _ in range(5):
-            done, contours = distract(ground, row, random)
+            done, contours = _distract(ground, row, random)
             extra.append((done, contours))
             row = row[~np.isin(row, done)]
     canvas = np.zeros((n, *k.empty.shape), np.uint8)
@@ -402,7 +393,7 @@ def scenes(
         lay(canvas, k.dot, np.zeros(n, int), every, y, x)
     inside = slice(k.pad, -k.pad)
     pictures, undotted = (c[:, inside, inside] for c in (canvas, undotted))
-    return Scenes(pictures, labels, undotted, pair, extra, dots - k.pad)
+    return _Scenes(pictures, labels, undotted, pair, extra, dots - k.pad)
 
 
 def _dots(pair: list[Contours], labels: Any, first: Any) -> Any:  # `(N, 2, 2)`
@@ -419,7 +410,7 @@ def _dots(pair: list[Contours], labels: Any, first: Any) -> Any:  # `(N, 2, 2)`
 
 # %% ../../nbs/20_pathfinder.ipynb #d30e1cc7
 FOLDER = 1000  # pictures
-FIRST = {"train": 0, "valid": 160, "test": 180}  # numbers of folders; the end is 200
+_FIRST = {"train": 0, "valid": 160, "test": 180}  # numbers of folders; the end is 200
 
 
 def folders(
@@ -431,7 +422,7 @@ def folders(
         raise ValueError(f"there are at most 160,000 training pictures; got {size:,}")
     counts = dict(train=size, valid=max(1, size // 8), test=max(1, size // 8))
     return [
-        (FIRST[part] + i, min(FOLDER, n - i * FOLDER))
+        (_FIRST[part] + i, min(FOLDER, n - i * FOLDER))
         for part, n in counts.items()
         for i in range(-(-n // FOLDER))
     ]
@@ -459,7 +450,7 @@ def _draw(
 
 
 # %% ../../nbs/20_pathfinder.ipynb #d2a886c8
-def write_folder(
+def _write_folder(
     top: Path,  # of the official layout
     side: int,
     seed: int,
@@ -497,7 +488,7 @@ def write_pathfinder(
 ) -> None:
     """Generate Pathfinder in the official layout; goes on where it was cut. The same
     arguments give the same files."""
-    work = partial(write_folder, Path(top), side, seed)
+    work = partial(_write_folder, Path(top), side, seed)
     for _ in in_parallel(work, folders(size), jobs):
         pass
 
@@ -509,7 +500,7 @@ def read_pathfinder(
 ) -> Iterator[tuple[bytes, int]]:  # grey values row by row, label
     """Pictures of the official layout, folder by folder; raises `DataError` naming file
     and line for what is wrong."""
-    for listing in listings_of(top):
+    for listing in _listings_of(top):
         rows = listing.read_bytes().split(b"\n")
         number = len(rows)
         try:
@@ -551,7 +542,7 @@ def _read_picture(top: Path, side: int, row: str) -> tuple[bytes, int]:
 
 
 # %% ../../nbs/20_pathfinder.ipynb #fa64e9cf
-def listings_of(top: Path) -> list[Path]:
+def _listings_of(top: Path) -> list[Path]:
     "The text files of a set, in order."
     folder = top / "metadata"
     found = sorted(folder.glob("*.npy"), key=lambda p: (len(p.stem), p.stem))
@@ -572,7 +563,7 @@ def listings_of(top: Path) -> list[Path]:
 
 
 # %% ../../nbs/20_pathfinder.ipynb #cec71122
-def make_pathfinder(
+def _make_pathfinder(
     root: Path,  # as from data_root
     side: int = 32,
     size: int | None = None,  # training pictures; None for all 160,000
@@ -606,13 +597,13 @@ def pathfinder(
     seed: int = 0,
 ) -> dict[str, Sequences]:  # "train", "valid", "test"
     "Pathfinder as rows of grey values; drawn first if need be."
-    top, source = make_pathfinder(root, side, limit, seed, sample=sample)
-    listings = listings_of(top)
+    top, source = _make_pathfinder(root, side, limit, seed, sample=sample)
+    listings = _listings_of(top)
     counts = [f.read_bytes().count(b"\n") for f in listings]
     if noted(top):
         numbers = [int(f.stem) for f in listings]
         train, valid = (
-            sum(n for i, n in zip(numbers, counts) if i < FIRST[part])
+            sum(n for i, n in zip(numbers, counts) if i < _FIRST[part])
             for part in ("valid", "test")
         )
     else:
@@ -635,7 +626,7 @@ def pixels(side: int, name: str) -> Task:
         2,
         in_features=1,
         max_len=side * side,
-        make=unpacked_first(path, lambda root, **o: make_pathfinder(root, side, **o)),
+        make=unpacked_first(path, lambda root, **o: _make_pathfinder(root, side, **o)),
         presets=ARENA[name],
     )
 

@@ -4,14 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "AT_LEAST",
-    "ABOVE",
-    "LAS_OPTIONS",
     "PRESETS",
     "Recipe",
-    "check_types",
-    "check_values",
-    "mixer_arguments",
     "presets",
     "preset",
     "run_name",
@@ -75,14 +69,14 @@ class Recipe:
     preset: str = "fast"  # of the task: fast, cpu, paper, short or smoke
 
     def __post_init__(self) -> None:
-        check_types(self)
+        _check_types(self)
         if self.model == "plain":
             self.max_rate, self.window = 0.0, 1
-        check_values(self)
+        _check_values(self)
 
 
 # %% ../../nbs/recipe.ipynb #fa1bce3a
-def check_types(recipe: Recipe) -> None:
+def _check_types(recipe: Recipe) -> None:
     "Make numbers what they should be; raises `ValueError` for a wrong type."
     for f in dataclasses.fields(recipe):
         value = getattr(recipe, f.name)
@@ -96,24 +90,24 @@ def check_types(recipe: Recipe) -> None:
 
 # %% ../../nbs/recipe.ipynb #8c80a808
 # what a number must be at least, and what it must be above
-AT_LEAST = dict(
+_AT_LEAST = dict(
     epochs=1, batch_size=1, patience=0, seed=0, weight_decay=0, warmup=0, limit=1
 )
-ABOVE = dict(lr=0, clip=0)
+_ABOVE = dict(lr=0, clip=0)
 
 
-def check_values(recipe: Recipe) -> None:
+def _check_values(recipe: Recipe) -> None:
     "Raise `ValueError` for names that nobody knows and numbers that make no sense."
     task = TASKS.get(recipe.task)
     check_choice("task", recipe.task, tuple(TASKS))
     check_choice("model", recipe.model, ("plain", *MIXERS))
     check_choice("schedule", recipe.schedule, ("cosine", "constant", "plateau"))
-    mixer_arguments(recipe)
-    for name, low in AT_LEAST.items():
+    _mixer_arguments(recipe)
+    for name, low in _AT_LEAST.items():
         value = getattr(recipe, name)
         if value is not None and not low <= value < math.inf:
             raise ValueError(f"{name} must be at least {low}; got {value}")
-    for name, low in ABOVE.items():
+    for name, low in _ABOVE.items():
         value = getattr(recipe, name)
         if not low < value < math.inf:
             raise ValueError(f"{name} must be above {low}; got {value}")
@@ -135,21 +129,21 @@ def check_values(recipe: Recipe) -> None:
 
 # %% ../../nbs/recipe.ipynb #9f18afdf
 # fields that only LaS has
-LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
+_LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
     "dim",
     "n_heads",
     "causal",
 }
 
 
-def mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
+def _mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
     """What the recipe says to its mixer alone; raises `ValueError` for what cannot be
     read or is no option."""
     mixer, given = "las" if recipe.model == "plain" else recipe.model, {}
     takes = inspect.signature(MIXERS[mixer]).parameters
     for part in filter(None, recipe.mixer_options.split(",")):
         name, eq, value = (s.strip() for s in part.partition("="))
-        if name in LAS_OPTIONS:
+        if name in _LAS_OPTIONS:
             raise ValueError(f"{name} is an option of its own: --{name} {value}")
         try:
             given[name] = ast.literal_eval(value)
@@ -162,7 +156,7 @@ def mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
             )
     given |= {
         name: value
-        for name in LAS_OPTIONS
+        for name in _LAS_OPTIONS
         if name in takes and (value := getattr(recipe, name)) is not None
     }
     mixer_options(
@@ -208,7 +202,7 @@ def preset(
     missing = (
         ("max_rate", "window")
         if model == "plain"
-        else LAS_OPTIONS - set(inspect.signature(MIXERS[model]).parameters)
+        else _LAS_OPTIONS - set(inspect.signature(MIXERS[model]).parameters)
         if model in MIXERS
         else ()
     )
@@ -272,5 +266,5 @@ def build(recipe: Recipe) -> LaSTransformer:  # on the CPU
         max_len=recipe.length or task.max_len,
         mixer="las" if recipe.model == "plain" else recipe.model,
         **given,
-        **mixer_arguments(recipe),
+        **_mixer_arguments(recipe),
     )
