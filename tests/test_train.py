@@ -1106,6 +1106,19 @@ def test_experiments_work_themselves_off(two, capsys):
     assert capsys.readouterr().out.count("finished") == 2
 
 
+def test_a_changed_default_shows_as_other_settings(two, capsys, monkeypatch):
+    "A record holds its whole recipe, so that today's defaults do not speak for it."
+    make(two, only="digits-las")
+    record = json.loads((two[1] / "digits-las.json").read_text())
+    recipe = preset("digits", model="las", **SMALL)
+    assert record["recipe"] == dataclasses.asdict(recipe)
+    assert record["identity"] == las_nb.train.identity(recipe)
+    assert "other settings" not in status("digits-las", *two)[1]
+    usual = las_nb.train.PRESETS
+    monkeypatch.setitem(usual, "digits", usual["digits"] | dict(lr=1e-3))
+    assert "other settings" in status("digits-las", *two)[1]
+
+
 def test_experiments_go_on_after_a_cut(two, capsys, monkeypatch):
     out, results = two
     with pytest.raises(Stopped):

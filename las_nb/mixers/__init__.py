@@ -32,13 +32,13 @@ __all__ = [
 # %% ../../nbs/room_mixers.ipynb #563f84c5
 from .register import MIXERS, register_mixer, mixer_options, untrained
 from .las import SelfAttention, LaSAttention
-from .variant import LaSVariant
 from .attention import Attention, ALiBi, Local, influence
 from .linear import LinearAttention, Performer, Linformer, linear_attention
 from .linear import orthogonal_directions
 from .convolution import LongConv, S4D, SGConv, Hyena
 from .convolution import slow
 from .mega import EMA, Mega
+from .variant import LaSVariant
 
 # %% ../../nbs/room_mixers.ipynb #de28d4cf
 _all_ = [

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "Recipe",
+    "identity",
     "preset",
     "presets",
     "PRESETS",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/room_train.ipynb #4a1e1787
-from .recipe import Recipe, preset, presets, PRESETS
+from .recipe import Recipe, identity, preset, presets, PRESETS
 from .recipe import run_name, command_line, build
 from las_nb.train.optim import (
     learning_rate,
@@ -49,6 +50,7 @@ from .loop import score, attention_entropy
 # %% ../../nbs/room_train.ipynb #4fb84778
 _all_ = [
     "Recipe",
+    "identity",
     "preset",
     "presets",
     "PRESETS",

@@ -22,7 +22,7 @@ from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
 from .optim import best_precision, learning_rate, parameter_groups
 from .optim import plateau_drops, share_loss
-from .recipe import Recipe, build, command_line, preset, run_name
+from .recipe import Recipe, build, command_line, identity, preset, run_name
 
 
 # %% ../../nbs/18_train.ipynb #1a370484
@@ -743,6 +743,8 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
     return dict(
         name=self.name,
         command=command_line(r),
+        recipe=dataclasses.asdict(r),
+        identity=identity(r),
         commit=", ".join(self.commits),
         task=r.task,
         model=r.model,

@@ -11,11 +11,12 @@ __all__ = [
     "run_name",
     "as_text",
     "command_line",
+    "identity",
     "build",
 ]
 
 # %% ../../nbs/recipe.ipynb #601afc73
-import ast, dataclasses, inspect, math, typing
+import ast, dataclasses, hashlib, inspect, json, math, typing
 import torch
 from dataclasses import dataclass
 from typing import Any
@@ -245,6 +246,15 @@ def command_line(recipe: Recipe) -> str:
         if value != getattr(usual, name):
             words.append(f"--{name} {as_text(value)}")
     return " ".join(words)
+
+
+# %% ../../nbs/recipe.ipynb #cfd04a9a
+def identity(
+    recipe: Recipe,
+) -> str:  # 12 hexadecimal digits
+    "What runs of the same settings, and only they, have in common."
+    said = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 # %% ../../nbs/recipe.ipynb #66ff298e
