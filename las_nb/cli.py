@@ -14,6 +14,7 @@ from ._command import tidy
 from ._util import check_choice, nearest, refuse
 from .compare import read_grid
 from .experiments import experiments, work_off
+from .results.record import gather_records
 from .tasks import DataError, TASKS, data_root, describe
 from .train import Recipe, Trainer, preset, presets, run_name, score, train
 from .train.recipe import as_text
@@ -137,7 +138,7 @@ def data_main(
 # %% ../nbs/cli.ipynb #22e00b54
 @call_parse
 def experiments_main(
-    action: str,  # list or run
+    action: str,  # list, run, or migrate: take over records of earlier versions
     minutes: float = None,  # stop, with all saved, before so many minutes have passed
     # name of one experiment, or a pattern such as 'smnist-*-0'; also one that failed
     only: str = None,
@@ -149,6 +150,9 @@ def experiments_main(
     compile: bool = False,  # torch.compile the models
 ) -> None:
     "List the experiments of the book, or make the next ones."
+    if action == "migrate":
+        moved = guarded(lambda: gather_records(results), "")
+        return print(f"{moved} records moved into files of JSON lines in {results}")
     todo = experiments()
     for grid in sorted((Path(results).parent / "grids").glob("full*.toml")):
         todo |= guarded(lambda: read_grid(grid, sized=action != "list"), "")

@@ -32,6 +32,7 @@ from .experiments import work_off
 from .model import count_parameters
 from .results import compare_table, paired_difference, plot_differences
 from .results import plot_tradeoff
+from .results.record import read_record
 from .tasks import Batch, TASKS, batches, load_task, reading_order
 from .train import Recipe, build, preset
 
@@ -346,18 +347,8 @@ def load_cells(
     # name of a cell -> its record, for those that are finished
 ) -> dict[str, dict[str, Any]]:
     "The records of a grid."
-    found = {}
-    for name in cells:
-        path = Path(results) / f"{name}.json"
-        try:
-            found[name] = json.loads(path.read_text())
-        except FileNotFoundError:
-            continue
-        except ValueError:
-            raise ValueError(
-                f"{path} is no results file; delete it and make it again"
-            ) from None
-    return found
+    found = {name: read_record(results, name) for name in cells}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 # %% ../nbs/12_compare.ipynb #3c011f81

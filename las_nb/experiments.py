@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 from ._command import guarded, needs, summary, trouble
 from ._util import check_choice, nearest, refuse, replace_file
+from .results.record import read_record, record_file, write_record
 from .tasks import DataError, TASKS
 from .train import CannotWrite, InUse, Stopped, TrainingError, checkpoints
 from .train import command_line, preset, presets, run_name, train
@@ -105,17 +106,15 @@ def status(
     todo: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[str, str]:  # "finished", "failed", "cut" or "waiting"; details
     "How an experiment stands."
+    args = (todo or experiments())[name]
     try:
-        record = json.loads((results / f"{name}.json").read_text())
-        args = (todo or experiments())[name]
-        changed = (
-            "" if same_settings(record, args) else " (with other settings than now)"
-        )
-        return "finished", f"test {record['test']:.2f} % on {record['device']}{changed}"
-    except FileNotFoundError:
-        pass
+        if record := read_record(results, name):
+            same = same_settings(record, args)
+            changed = "" if same else " (with other settings than now)"
+            said = f"test {record['test']:.2f} % on {record['device']}"
+            return "finished", said + changed
     except (OSError, ValueError, KeyError) as e:
-        return "failed", f"{results / f'{name}.json'} cannot be read ({e}); delete it"
+        return "failed", f"{record_file(results, name)} cannot be read ({e}); delete it"
     if (out / name / "failed.txt").exists():
         return "failed", (out / name / "failed.txt").read_text()
     if found := checkpoints(out / name):
@@ -161,7 +160,7 @@ def _make_run(
         for file in ("config.json", "model.safetensors"):
             replace_file(results / name / file, (out / name / file).read_bytes())
     # last: it says that the run is finished
-    replace_file(results / f"{name}.json", json.dumps(record, indent=1).encode())
+    write_record(results, name, record)
     for old in (so_far, out / name / "failed.txt"):
         old.unlink(missing_ok=True)
     print(summary(record), flush=True)

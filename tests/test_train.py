@@ -4,6 +4,7 @@ import psutil, pytest, torch
 from torchvision.datasets import MNIST
 import las_nb.cli, las_nb.experiments
 import las_nb.train.checkpoint, las_nb.train.loop as lib
+from las_nb.results.record import read_record, read_records, record_file
 from las_nb.tasks import DataError, TASKS, load_task
 from las_nb.model import LaSTransformer
 from las_nb.cli import train_main
@@ -1087,13 +1088,13 @@ def test_experiments_work_themselves_off(two, capsys):
     make(two, "list")
     assert capsys.readouterr().out.count("waiting") == 2
     make(two, only="digits-plain")
-    assert [p.name for p in results.glob("*.json")] == ["digits-plain.json"]
+    assert results_seen(results) == ["digits-plain"]
     assert {p.name for p in (results / "digits-plain").iterdir()} == {
         "config.json",
         "model.safetensors",
     }
     make(two)
-    names = {p.stem: json.loads(p.read_text()) for p in results.glob("*.json")}
+    names = {name: read_record(results, name) for name in results_seen(results)}
     assert (
         set(names) == {"digits-las", "digits-plain"}
         and names["digits-las"]["name"] == "digits-las"
@@ -1109,7 +1110,7 @@ def test_experiments_work_themselves_off(two, capsys):
 def test_a_changed_default_shows_as_other_settings(two, capsys, monkeypatch):
     "A record holds its whole recipe, so that today's defaults do not speak for it."
     make(two, only="digits-las")
-    record = json.loads((two[1] / "digits-las.json").read_text())
+    record = read_record(two[1], "digits-las")
     recipe = preset("digits", model="las", **SMALL)
     assert record["recipe"] == dataclasses.asdict(recipe)
     assert record["identity"] == las_nb.train.identity(recipe)
@@ -1155,7 +1156,7 @@ def test_the_curve_of_an_unfinished_run_is_on_record(two, monkeypatch):
     assert (
         len(known["curve"]["valid"]) == SMALL["epochs"] - 1
         and "test" not in known
-        and not list(results.glob("*.json"))
+        and not results_seen(results)
         and 0 < known["cpu_seconds"] < 600
     )
     so_far.write_text(json.dumps(known | dict(curve=dict(valid=[1.0, 2.0, 3.0]))))
@@ -1166,7 +1167,7 @@ def test_the_curve_of_an_unfinished_run_is_on_record(two, monkeypatch):
     monkeypatch.undo()
     listed(monkeypatch, {"digits-las": dict(task="digits", model="las", **SMALL)})
     make(two, only="digits-las")
-    record = json.loads((results / "digits-las.json").read_text())
+    record = read_record(results, "digits-las")
     assert not so_far.exists() and record["cpu_seconds"] > 0 and record["test"] > 0
 
 
@@ -1218,9 +1219,7 @@ def test_an_experiment_that_fails_does_not_stop_the_rest(two, capsys, monkeypatc
     )
     with pytest.raises(SystemExit) as e:
         make(two)
-    assert e.value.code == 2 and [p.stem for p in results.glob("*.json")] == [
-        "digits-plain"
-    ]
+    assert e.value.code == 2 and results_seen(results) == ["digits-plain"]
     make(two, "list")
     assert "failed" in capsys.readouterr().out
     # not tried again unless it is named
@@ -1265,7 +1264,7 @@ def test_one_bad_experiment_does_not_block_the_rest(
         with pytest.raises(SystemExit) as e:
             make(two)
         assert e.value.code == 2
-    assert [p.stem for p in results_seen(results)] == ["digits-plain"]
+    assert results_seen(results) == ["digits-plain"]
     make(two, "list")
     assert says in capsys.readouterr().out
 
@@ -1277,13 +1276,15 @@ def test_an_experiment_in_use_is_left_to_the_other_process(two, capsys):
     (out / "digits-las").mkdir(parents=True)
     with FileLock(out / "digits-las" / ".lock"):
         make(two)
-    assert [p.stem for p in results_seen(results)] == [
-        "digits-plain"
-    ] and "another process" in capsys.readouterr().err
+    assert (
+        results_seen(results) == ["digits-plain"]
+        and "another process" in capsys.readouterr().err
+    )
 
 
 def results_seen(results):
-    return list(results.glob("*.json"))
+    "The names of finished runs."
+    return sorted(read_records(record_file(results, "any")))
 
 
 @pytest.mark.parametrize(

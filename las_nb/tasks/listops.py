@@ -265,7 +265,8 @@ def _make_listops(
     "The files of ListOps: official ones where they lie, else generated."
     if size is not None and size > _PARTS["train"]:
         raise ValueError(
-            f"ListOps has {_PARTS['train']:,} training trees; write_listops makes more; "
+            f"ListOps has {_PARTS['train']:,} training trees; write_listops makes "
+            "more; "
             f"got {size:,}"
         )
     if size == _PARTS["train"]:
