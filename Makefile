@@ -31,7 +31,7 @@ sync: .venv/ready  ## format, export the library, clean the notebooks, rewrite l
 	$(BIN)/nbdev_export
 	$(BIN)/ruff format -q las_nb
 	$(BIN)/nbdev_clean
-	$(BIN)/python tests/pages.py
+	$(BIN)/python tests/tools/pages.py
 
 docs: .venv/ready  ## render the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto: get it from https://quarto.org/docs/get-started, then run make docs again"; exit 2; }

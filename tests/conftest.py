@@ -1,5 +1,9 @@
-import shutil
+import shutil, sys
+from pathlib import Path
 import pytest
+
+# what builds pages; the tests look at its work
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ pandoc, looked at by Chromium."""
 import base64, os, re, shutil, struct, subprocess, sys, zlib
 from pathlib import Path
 import pytest, yaml
-import pages, reference
+import colab, pages, reference
 from built import html_name, parsed
 from pages import NBS, ROOT, notebooks
 
@@ -145,7 +145,7 @@ def test_badge_opens_this_notebook(path):
     text = "\n".join(map(pages.source, pages.cells(path)))
     assert re.findall(
         r"\]\((https://colab\.research\.google\.com/github/[^)]*)\)", text
-    ) == [pages.colab(path)]
+    ) == [colab.address(path)]
 
 
 def test_solutions_answer_every_exercise():
@@ -373,7 +373,7 @@ def test_colab_cell_takes_pypi_else_the_repository(tmp_path):
     def run(pypi):
         log.write_text("")
         subprocess.run(
-            ["sh", "-c", pages.install()[1:].replace("/content", str(content))],
+            ["sh", "-c", colab.install()[1:].replace("/content", str(content))],
             env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYPI": pypi},
             cwd=tmp_path,
         )

@@ -9,10 +9,10 @@ import pages
 from pages import NBS, ROOT
 
 KEYS = json.loads(
-    (Path(__file__).parent / "quarto_keys.json").read_text(encoding="utf-8")
+    (Path(__file__).parent / "tools" / "quarto_keys.json").read_text(encoding="utf-8")
 )
 CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-REPLACE = "make tests/quarto_keys.json again with tests/quarto_keys.py"
+REPLACE = "make tests/tools/quarto_keys.json again with tests/tools/quarto_keys.py"
 
 
 def nearest(word, words):

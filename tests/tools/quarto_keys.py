@@ -1,6 +1,6 @@
 """Takes the options of a Quarto release out of its repository, as far as this project uses them:
 
-    python tests/quarto_keys.py CLONE_OF_QUARTO_CLI v1.9.38 > tests/quarto_keys.json
+    python tests/tools/quarto_keys.py CLONE_OF_QUARTO_CLI v1.9.38 > tests/tools/quarto_keys.json
 
 A shape is "string", "number", "boolean", "null" or "any", or {"one of": values}, {"list of": shape}, {"keys": {name: shape}},
 {"either": shapes} or {"see": name of a shape under "shapes"}."""

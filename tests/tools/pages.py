@@ -4,11 +4,8 @@ Run as a program it joins printed outputs, writes the install cell and the line 
 owner from settings.ini, writes the reference (reference.py), and makes README.md and its picture from nbs/index.ipynb."""
 
 import base64, json, re, sys
-from configparser import ConfigParser
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-NBS = ROOT / "nbs"
+import colab
+from project import NBS, ROOT, git_url, settings
 
 
 # with links to the repository
@@ -19,12 +16,6 @@ TEXTS = (
     ".github/SECURITY.md",
     ".github/ISSUE_TEMPLATE/config.yml",
 )
-
-
-def settings():
-    cfg = ConfigParser()
-    cfg.read(ROOT / "settings.ini", encoding="utf-8")
-    return cfg["DEFAULT"]
 
 
 def notebooks():
@@ -47,21 +38,6 @@ def directives(cell):
     return dict(re.findall(r"^#\| *([\w-]+):? *(.*)$", source(cell), re.M))
 
 
-def colab(path):
-    s = settings()
-    return f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}/{path.relative_to(ROOT).as_posix()}"
-
-
-def install():
-    "What the hidden first cell runs in Colab, and nowhere else: this version from PyPI, else the repository; and the results beside it."
-    s = settings()
-    package, url, tag = f"{s['lib_name']}[train]", git_url(), s["branch"]
-    return (
-        f'! [ -e /content ] && (pip install -Uqq "{package}=={s["version"]}" 2>/dev/null || pip install -Uqq "{package} @ git+{url}@{tag}") '
-        f"&& cd /content && git clone -q --depth 1 -b {tag} {url} book && ln -sfn book/nbs/* ."
-    )
-
-
 def module(path):
     "The module that a notebook exports to, such as `train.loop`; None for a page without one."
     for cell in cells(path):
@@ -79,10 +55,6 @@ def reference_stem(name):
     )
 
 
-def git_url():
-    return f"https://github.com/{settings()['user']}/{settings()['repo']}"
-
-
 def badge(path):
     "The line under a title: run it, read its source, its module and its reference."
     name, blob = module(path), f"{git_url()}/blob/{settings()['branch']}"
@@ -92,7 +64,7 @@ def badge(path):
         page = f"{'../' * (len(path.relative_to(NBS).parts) - 1)}api/{reference_stem(name)}.qmd"
         links += [f"[module]({blob}/{file})", f"[reference]({page})"]
     return (
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(path)}) "
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab.address(path)}) "
         + " · ".join(links)
     )
 
@@ -102,7 +74,7 @@ def with_head(path, text):
     nb = json.loads(text)
     for cell in nb["cells"]:
         if "[ -e /content ]" in source(cell):
-            cell["source"] = ["#| hide\n", "#| eval: false\n", install()]
+            cell["source"] = ["#| hide\n", "#| eval: false\n", colab.install()]
         if source(cell).startswith("[![Open in Colab]"):
             cell["source"] = (
                 badge(path) + re.sub(r"\A[^\n]*", "", source(cell))
