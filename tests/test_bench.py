@@ -230,4 +230,4 @@ def test_stored_results_are_whole(path):
     for c in record["cases"]:
         for w in c["ways"].values():
             assert w["error"] is None or w["error"] <= c["tol"]
-    assert speed_table(record).count("\n") > 2 and path.with_suffix(".png").exists()
+    assert speed_table(record).count("\n") > 2
