@@ -103,7 +103,7 @@ def mnist(
 
 
 # %% ../../nbs/mnist.ipynb #0d1811b0
-# about five hours of one core for all of MNIST
+# for all of MNIST without a GPU: hours of one core
 CPU = dict(dim=64, batch_size=32, lr=3e-3, epochs=6)
 register_task(
     "smnist",
