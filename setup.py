@@ -24,6 +24,7 @@ setup(
     extras_require={
         "train": train,
         "hub": s["hub_requirements"].split(),
+        "cluster": train + s["cluster_requirements"].split(),
         "dev": train + s["dev_requirements"].split(),
     },
     entry_points={

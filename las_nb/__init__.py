@@ -16,12 +16,16 @@ __all__ = [
 ]
 
 # %% ../nbs/package.ipynb #1ec29dc2
-from .adapt import masked_las_attention, register_las
-from .fast import las_attention
-from .las import las_dense
-from .locality import decay_rates
-from .mixers import LaSAttention, register_mixer
-from .model import LaSTransformer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from las_nb.adapt import masked_las_attention, register_las
+    from las_nb.fast import las_attention
+    from las_nb.las import las_dense
+    from las_nb.locality import decay_rates
+    from las_nb.mixers import LaSAttention, register_mixer
+    from las_nb.model import LaSTransformer
 
 # %% ../nbs/package.ipynb #b21cf753
 _all_ = [
@@ -34,3 +38,25 @@ _all_ = [
     "register_las",
     "register_mixer",
 ]
+
+# %% ../nbs/package.ipynb #c0ffee11
+_HOMES = {
+    "adapt": ("masked_las_attention", "register_las"),
+    "fast": ("las_attention",),
+    "las": ("las_dense",),
+    "locality": ("decay_rates",),
+    "mixers": ("LaSAttention", "register_mixer"),
+    "model": ("LaSTransformer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    "Load a name when it is first used: the import itself loads no torch."
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *(n for names in _HOMES.values() for n in names)])

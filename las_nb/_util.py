@@ -10,6 +10,8 @@ __all__ = [
     "commit_id",
     "refuse",
     "DataError",
+    "TrainingError",
+    "Stopped",
 ]
 
 # %% ../nbs/util.ipynb #2bb23adf
@@ -99,3 +101,19 @@ def refuse(message: object) -> NoReturn:
 # %% ../nbs/util.ipynb #6c155aa6
 class DataError(Exception):
     "Data are missing or damaged; the message says where and what to do."
+
+
+# %% ../nbs/util.ipynb #c0ffee02
+class TrainingError(Exception):
+    "A run cannot start or go on; the message says why and what to do."
+
+
+class Stopped(Exception):
+    """A run was cut, by a signal (its `number`) or by the clock (None); its state is
+    saved."""
+
+    number: int | None
+
+    def __init__(self, message: str, number: int | None = None):
+        super().__init__(message)
+        self.number = number

@@ -39,14 +39,14 @@ import sys, time
 import torch, torch.nn.functional as F
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
-from fastcore.script import call_parse
-from ._util import commit_id, refuse, replace_file
+from ._util import check_choice, commit_id, refuse, replace_file
 from .fast import las_attention
 from .fast.flex import compiled_flex
 from .fast.plan import plan_call
 from .las import POOLS, las_dense
 from .locality import decay_rates
 from .model import LaSTransformer
+from .settings import Bench
 
 
 # %% ../nbs/16_bench.ipynb #fea343a8
@@ -582,54 +582,40 @@ def numbers(name: str, text: object, kind: type[Any]) -> list[Any]:
 
 # %% ../nbs/16_bench.ipynb #0b6c038c
 def _read_cases(
+    asked: Bench,
     device: str,  # cpu or cuda
-    dtype: str,  # float32, bfloat16 or float16
-    lengths: str,  # L, with commas between
-    heads: int,  # H
-    width: int,  # D
-    batch: int | None,  # B; None = by length and device
-    max_rate: str,  # per step, with commas between
-    window: int,  # W
-    pool: str,  # scores or weights
-    tol: float | None,  # relative to the largest value; None = by dtype
-    backward: bool,  # forward and backward?
-    score_scale: float,  # scores are so many times larger
-    trained: str | None,  # folder of a model, whose heads and width count
 ) -> list[Case]:
     """The cases that the options ask for; raises `ValueError` for values that are not
     allowed."""
-    _check_kind(device, dtype, pool)
-    if tol is None:
-        tol = 1e-3 if dtype == "float32" else 1e-2
+    _check_kind(device, asked.pool)
+    half, heads, width = asked.dtype != "float32", asked.heads, asked.width
+    tol = (1e-2 if half else 1e-3) if asked.tol is None else asked.tol
     if not 0 <= tol < 1:
         raise ValueError(f"--tol must lie between 0 and 1; got {tol}")
-    sizes = dict(heads=heads, width=width, window=window)
-    if batch is not None:
-        sizes["batch"] = batch
+    sizes = dict(heads=heads, width=width, window=asked.window)
+    if asked.batch is not None:
+        sizes["batch"] = asked.batch
     for name, n in sizes.items():
         numbers(name, n, int)
-    if trained:
-        heads, width = _heads_of(trained)
-    rest = window, pool, tol, backward, score_scale, device, dtype, trained
+    if asked.trained:
+        heads, width = _heads_of(asked.trained)
+    kind = asked.window, asked.pool, tol, asked.backward, asked.score_scale
+    rest = *kind, device, asked.dtype, asked.trained
 
     def case(L, rate):
         by_device = max(1, 131_072 // L) if device == "cuda" else 1
-        return Case(L, rate, heads, width, batch or by_device, *rest)
+        return Case(L, rate, heads, width, asked.batch or by_device, *rest)
 
-    rates = numbers("max_rate", max_rate, float)
-    steps = numbers("lengths", lengths, int)
+    rates = numbers("max_rate", asked.max_rate, float)
+    steps = numbers("lengths", asked.lengths, int)
     return [case(L, rate) for rate in rates for L in steps]
 
 
 # %% ../nbs/16_bench.ipynb #67258127
-def _check_kind(device: str, dtype: str, pool: str) -> None:
+def _check_kind(device: str, pool: str) -> None:
     "Refuse what is not known, or not here."
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device is cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is float32, bfloat16 or float16; got {dtype!r}")
     if pool not in POOLS:
         raise ValueError(f"--pool is scores or weights; got {pool!r}")
 
@@ -662,53 +648,28 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 # %% ../nbs/16_bench.ipynb #ca287a4d
-@call_parse
-def bench_main(
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",  # cpu or cuda
-    dtype: str = "float32",  # float32, bfloat16 or float16
-    lengths: str = "1024,4096,16384",  # L, with commas between
-    heads: int = 8,  # H
-    width: int = 32,  # D
-    batch: int = None,  # B; by default 1 on a CPU, and B * L = 131072 on a GPU
-    # decay rate of the fastest head, with commas between
-    max_rate: str = "0.5,0.05,0.001",
-    window: int = 3,  # W
-    pool: str = "scores",  # scores or weights
-    # relative to the largest value; by default 1e-3, in half precision 1e-2
-    tol: float = None,
-    backward: bool = False,  # forward and backward, not forward only
-    score_scale: float = 1.0,  # makes scores so many times larger
-    # folder of a model: take the queries, keys and values of its first layer
-    trained: str = None,
-    ways: str = ",".join(WAYS),  # methods, with commas between
-    rounds: int = 5,  # every method once in each
-    models: bool = False,  # also the training speed of whole models
-    name: str = None,  # of the results; by default bench-DEVICE
-    # folder for NAME.json and NAME.png
-    out: str = "nbs/results" if Path("nbs/results").is_dir() else ".",
-) -> None:
-    "Time, memory and error of LaS, by every method, beside torch's plain attention."
-    shape = heads, width, batch, max_rate, window, pool
+def bench_main(asked: Bench) -> None:
+    "The body of `las bench`."
+    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rounds = asked.rounds
+    ways = (asked.ways or ",".join(WAYS)).split(",")
     try:
-        for way in ways.split(","):
-            if way not in WAYS:
-                raise ValueError(f"--ways knows {', '.join(WAYS)}; got {way!r}")
+        for way in ways:
+            check_choice("--ways", way, tuple(WAYS))
         numbers("rounds", rounds, int)
-        cases = _read_cases(
-            device, dtype, lengths, *shape, tol, backward, score_scale, trained
-        )
+        cases = _read_cases(asked, device)
     except (ValueError, FileNotFoundError) as e:
         refuse(e)
-    record = _new_record(name or f"bench-{device}", device, backward)
-    path = Path(out) / f"{record['name']}.json"
+    record = _new_record(asked.name or f"bench-{device}", device, asked.backward)
+    path = Path(asked.out) / f"{record['name']}.json"
     try:
         _save(record, path)
-        _measure_all(record, path, cases, ways.split(","), rounds)
-        if models:
+        _measure_all(record, path, cases, ways, rounds)
+        if asked.models:
             _measure_models(record, path, device)
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         _save(record, path)
-        plot_speed(record, Path(out) / f"{record['name']}.png")
+        plot_speed(record, Path(asked.out) / f"{record['name']}.png")
     except OSError as e:
         refuse(f"{e.strerror or e}: {e.filename or ''}")
     except KeyboardInterrupt:
@@ -722,7 +683,7 @@ def _new_record(name: str, device: str, backward: bool) -> dict[str, Any]:
     gpu = device == "cuda"
     return dict(
         name=name,
-        command=" ".join(["las_bench", *sys.argv[1:]]),
+        command=" ".join(["las bench", *sys.argv[2:]]),
         commit=commit_id(),
         torch=torch.__version__,
         threads=threads,

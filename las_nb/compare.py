@@ -20,12 +20,11 @@ __all__ = [
 ]
 
 # %% ../nbs/12_compare.ipynb #258d8354
-import importlib, io, itertools, json, os, re, statistics, time
+import io, itertools, json, os, re, statistics, time
 import torch
 from pathlib import Path
 from typing import Any, Callable
-from fastcore.script import call_parse
-from ._command import guarded, options_of
+from ._command import guarded, import_extension
 from ._util import check_choice, commit_id, replace_file
 from .bench import _in_turn, in_own_process, peak_of, training_step
 from .experiments import work_off
@@ -33,8 +32,9 @@ from .model import count_parameters
 from .results import compare_table, paired_difference, plot_differences
 from .results import plot_tradeoff
 from .results.record import read_record
-from .tasks import Batch, TASKS, batches, load_task, reading_order
-from .train import Recipe, build, preset
+from .settings import Compare, short_names
+from .tasks import Batch, TASKS, batches, reading_order
+from .train import build, load_data, preset
 
 
 # %% ../nbs/12_compare.ipynb #64ab9c29
@@ -100,11 +100,11 @@ def arguments(task: str, table: dict[str, Any]) -> dict[str, Any]:  # of preset
     "What a cell says, sorted into fields of the recipe and options of its mixer."
     table = {k: None if v == "none" else v for k, v in table.items()}
     args = dict(task=task, model=table.pop("mixer"))
-    for name in options_of(Recipe):
+    for name in short_names():
         if name in table and name != "mixer_options":
             args[name] = table.pop(name)
     if table:
-        args["mixer_options"] = ",".join(f"{k}={v}" for k, v in table.items())
+        args["mixer_options"] = table
     preset(**args)  # refuses what is wrong
     return args
 
@@ -126,10 +126,7 @@ def read_grid(
     for name in grid:
         check_choice("entry", name, _ENTRIES)
     for name in grid.get("imports", []):  # layers from elsewhere register themselves
-        try:
-            importlib.import_module(name)
-        except ImportError as e:
-            raise ValueError(f"{path} imports {name}: {e}") from None
+        import_extension(name, f"{path} imports")
     cells = _cells_of(grid, sized)
     if not cells:
         raise ValueError(f"{path} names no tasks: write [tasks.digits], for example")
@@ -179,8 +176,8 @@ def equalised(
     networks; raises `ValueError` where that cannot be."""
     recipe = preset(**args)
     # a unit of width has dim + 1 weights in, dim out
-    hidden = recipe.feedforward or 4 * recipe.dim
-    each = recipe.depth * (2 * recipe.dim + 1)
+    hidden = recipe.model.feedforward or 4 * recipe.model.dim
+    each = recipe.model.depth * (2 * recipe.model.dim + 1)
     n = count(args)
     width = max(1, hidden + round((target - n) / each))
     found = n + (width - hidden) * each
@@ -197,13 +194,11 @@ def equalised(
 def _one_batch(args: dict[str, Any], root: str | None, device: str) -> Batch:
     "The first batch of a cell's data, cut to a thousand sequences."
     recipe = preset(**args)
-    limit = recipe.limit or 1000
-    splits = load_task(
-        recipe.task, root, device, limit, recipe.sample, length=recipe.length
-    )
-    data = splits["train"]
-    order = reading_order(data, recipe.batch_size, recipe.seed, 0)
-    return next(iter(batches(data, recipe.batch_size, order)))
+    recipe.data.limit = recipe.data.limit or 1000
+    data = load_data(recipe, root, device)["train"]
+    size = recipe.optimizer.batch_size
+    order = reading_order(data, size, recipe.seed, 0)
+    return next(iter(batches(data, size, order)))
 
 
 def _step_on(args: dict[str, Any], batch: Batch) -> Callable[[], float]:
@@ -276,7 +271,8 @@ def _shared_batches(
     known, batch = {}, {}
     for label, args in runs.items():
         recipe = preset(**args)
-        key = recipe.limit, recipe.sample, recipe.batch_size, recipe.seed
+        data, size = recipe.data, recipe.optimizer.batch_size
+        key = data.limit, data.sample, size, recipe.seed
         if key not in known:
             known[key] = _one_batch(args, root, device)
         batch[label] = known[key]
@@ -352,37 +348,21 @@ def load_cells(
 
 
 # %% ../nbs/12_compare.ipynb #3c011f81
-@call_parse
-def compare_main(
-    grid: str,  # a TOML file, such as nbs/grids/laptop.toml
-    action: str = "run",  # run, list, or show what is there
-    minutes: float = None,  # stop, with all saved, before so many minutes have passed
-    # name of one cell, or a pattern such as '*/digits-*'; also one that failed
-    only: str = None,
-    out: str = "runs/experiments",  # folder for the runs: checkpoints and weights
-    results: str = "nbs/results",  # folder for results files
-    # folder of data files; by default LAS_NB_DATA, else the user's cache
-    root: str = None,
-    cpu: bool = False,  # leave the GPU alone
-    compile: bool = False,  # torch.compile the models
-    weights: bool = False,  # keep small weights of seed 0 beside the results
-) -> None:
-    "Train every layer of a grid on every task of it, and compare accuracy and cost."
-    guarded(lambda: check_choice("action", action, ("run", "list", "show")), "")
+def compare_main(asked: Compare) -> None:
+    "The body of `las compare`."
+    grid, results, action = asked.grid, Path(asked.results), asked.action
     cells, table = guarded(lambda: (read_grid(grid), parse_toml(grid)), "")
     if action != "show":
-        work_off(
-            cells, action, minutes, only, out, results, root, cpu, compile, weights
-        )
+        work_off(cells, action, asked, asked.weights)
     if action == "list":
         return
-    folder = Path(results) / Path(grid).stem
+    folder = results / Path(grid).stem
 
     def show():
         records = load_cells(cells, results)
         costly = action == "run" and table.get("cost", True)
         if costly and len(records) == len(cells):
-            _write_cost(folder / "cost.json", cells, grid, root, cpu)
+            _write_cost(folder / "cost.json", cells, grid, asked.root, asked.cpu)
         _show(records, table, folder)
 
     guarded(show, "go on with the same command")
@@ -398,7 +378,7 @@ def _write_cost(
     print("all cells are finished; measuring what a step costs", flush=True)
     gpu = torch.cuda.is_available() and not cpu
     facts = dict(
-        command=f"las_compare {grid}",
+        command=f"las compare {grid}",
         commit=commit_id(),
         device=torch.cuda.get_device_name() if gpu else "cpu",
         cores=os.cpu_count(),

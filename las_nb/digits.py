@@ -12,10 +12,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
-from fastcore.script import call_parse
 from ._util import _cores, check_choice, commit_id, refuse, replace_file
 from .model import LaSTransformer, count_parameters
 from .results import plot_summary, table
+from .settings import Digits
 from .tasks._files import deaf_children
 from .tasks.digits import digits_data
 
@@ -230,15 +230,9 @@ def _draw_bars(queue: Any, futures: list[Any], steps: int, progress: bool) -> No
 
 
 # %% ../nbs/07_digits.ipynb #e25ae7ce
-@call_parse
-def digits_main(
-    epochs: int = 30,  # passes over the training set
-    seeds: str = "0",  # seeds, separated by commas
-    jobs: int = 2,  # processes that train at once
-    out: str = "runs/digits",  # folder for results, figure and weights
-) -> None:
-    """Train plain attention and LaS on 8x8 digits, each with and without positions, and
-    compare them."""
+def digits_main(asked: Digits) -> None:
+    "The body of `las digits`."
+    seeds, epochs, jobs, out = asked.seeds, asked.epochs, asked.jobs, asked.out
     try:
         numbers = tuple(dict.fromkeys(int(s) for s in seeds.split(",")))
     except ValueError:
@@ -295,7 +289,7 @@ def _compare_and_keep(
     results = dict(
         name="digits",
         task="digits",
-        command=f"las_digits --epochs {epochs} --seeds {listed} --jobs {jobs}",
+        command=f"las digits --epochs {epochs} --seeds {listed} --jobs {jobs}",
         commit=commit,
         device="cpu",
         cores=os.cpu_count(),

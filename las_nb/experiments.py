@@ -6,15 +6,16 @@
 __all__ = ["experiments", "same_settings", "status", "work_off"]
 
 # %% ../nbs/experiments.ipynb #19c34e2c
-import dataclasses, fnmatch, functools, gc, json, math, os, re, sys, time
+import fnmatch, functools, gc, json, math, os, sys, time
 from pathlib import Path
 from typing import Any, Callable
 from ._command import guarded, needs, summary, trouble
-from ._util import check_choice, nearest, refuse, replace_file
-from .results.record import read_record, record_file, write_record
+from ._util import nearest, refuse, replace_file
+from .results.record import read_record, recipe_of, record_file, write_record
+from .settings import Work, flat, read_recipe
 from .tasks import DataError, TASKS
 from .train import CannotWrite, InUse, Stopped, TrainingError, checkpoints
-from .train import command_line, preset, presets, run_name, train
+from .train import preset, presets, run_name, train
 from .train.checkpoint import read_facts
 
 
@@ -87,15 +88,10 @@ def same_settings(
     args: dict[str, Any],  # of preset; without feedforward: whatever it was
 ) -> bool:
     "Would the run be made with the same settings today?"
-    recipe = preset(**args)
-    if "recipe" in record:  # what is new in a recipe since has its default
-        made, now = record["recipe"], dataclasses.asdict(recipe)
-        loose = () if "feedforward" in args else ("feedforward",)
-        return all(made[name] == now.get(name) for name in made if name not in loose)
-    made = record["command"]  # older records have no more than that
+    made, now = flat(recipe_of(record)), flat(preset(**args))
     if "feedforward" not in args:
-        made = re.sub(r" --feedforward \d+", "", made)
-    return made == command_line(recipe)
+        now["feedforward"] = made["feedforward"]
+    return made == now
 
 
 def status(
@@ -122,7 +118,8 @@ def status(
             facts = read_facts(found[-1])
         except TrainingError as e:
             return "failed", str(e)
-        return "cut", f"in epoch {facts['epoch'] + 1} of {facts['recipe']['epochs']}"
+        epochs = read_recipe(facts["recipe"]).optimizer.epochs
+        return "cut", f"in epoch {facts['epoch'] + 1} of {epochs}"
     return "waiting", ""
 
 
@@ -197,25 +194,18 @@ def _make_or_note(
 def _check_work(
     todo: dict[str, dict[str, Any]],
     action: str,
-    minutes: float | None,
-    only: str | None,
-    results: Path,
+    asked: Work,
 ) -> list[str]:
     "The names that are meant, or a refusal in one line; for arguments see work_off."
-    guarded(lambda: check_choice("action", action, ("list", "run")), "")
+    only, minutes = asked.only, asked.minutes
     names = fnmatch.filter(todo, only) if only else list(todo)
     if not names:
         refuse(f"no experiment is called {only!r}{nearest(only, todo)}")
-    if not results.is_dir():
-        refuse(
-            f"there is no folder {results}; run this in the repository, or name a "
-            "folder with --results"
-        )
     if minutes is not None and not 1 <= minutes < math.inf:
         refuse(f"--minutes must be at least 1; got {minutes:g}")
     if action == "run" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse(
-            "experiments run one process each; start las_experiments once per GPU, "
+            "experiments run one process each; start `las experiments` once per GPU, "
             "with CUDA_VISIBLE_DEVICES and --only"
         )
     return names
@@ -237,19 +227,13 @@ def _time_left(
 def work_off(
     todo: dict[str, dict[str, Any]],  # name -> arguments of preset
     action: str,  # list or run
-    minutes: float | None = None,  # stop, with all saved, before they have passed
-    only: str | None = None,  # name of one, or a pattern; also one that failed
-    out: str | Path = "runs/experiments",  # folder for checkpoints and weights
-    results: str | Path = "nbs/results",  # folder for results files
-    root: str | Path | None = None,  # folder of data files
-    cpu: bool = False,  # leave the GPU alone
-    compile: bool = False,  # torch.compile the models
+    asked: Work,  # how long, which, where
     weights: bool = True,  # keep small weights of seed 0 beside the results?
     keep_curves: bool = False,  # write `unfinished/NAME.json` after every epoch?
 ) -> None:
     "The body of commands that have runs: list them, or make those not finished."
-    out, results = Path(out), Path(results)
-    names = _check_work(todo, action, minutes, only, results)
+    out, results = Path(asked.out), Path(asked.results)
+    names = _check_work(todo, action, asked)
     stand = functools.partial(status, out=out, results=results, todo=todo)
     if action == "list":
         for name in names:
@@ -257,14 +241,15 @@ def work_off(
             print(f"{name:28s} {' '.join(said).strip()}")
         return
     needs("accelerate", "safetensors", "tqdm", "matplotlib", "psutil")
-    deadline, outcomes, missing = _time_left(minutes), [], set()
-    options = dict(root=root, cpu=cpu, compile=compile, deadline=deadline)
+    deadline, outcomes, missing = _time_left(asked.minutes), [], set()
+    options = dict(root=asked.root, cpu=asked.cpu, compile=asked.compile)
+    options["deadline"] = deadline
     for name in names:
         state, task = stand(name)[0], todo[name]["task"]
-        again = only and state == "failed"
+        again = asked.only and state == "failed"
         if state in ("finished", "failed") and not again or task in missing:
             continue
-        least = 90 if compile or TASKS[task].make else 30  # seconds to begin
+        least = 90 if asked.compile or TASKS[task].make else 30  # seconds to begin
         if deadline is not None and time.monotonic() > deadline - least:
             break
         call = [name, todo[name], out, results, options, weights, keep_curves]

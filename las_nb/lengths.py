@@ -10,10 +10,10 @@ import json, time
 import torch
 from pathlib import Path
 from typing import Any
-from fastcore.script import call_parse
 from ._command import guarded
 from ._util import commit_id, replace_file
 from .model import LaSTransformer
+from .settings import Lengths
 from .tasks import TASKS, load_task
 from .train import load_run
 
@@ -39,40 +39,32 @@ def score_at(
 
 
 # %% ../nbs/10_questions.ipynb #a635db33
-@call_parse
-def lengths_main(
-    # with runs of tasks whose length may be chosen, such as runs/experiments/memory
-    folder: str,
-    lengths: str = "64,128,256,512,1024,2048,4096,8192",  # steps, separated by commas
-    only: str = "*-0",  # pattern of the runs' names
-    # that are read for each length: longer sequences, fewer of them (10 to 500)
-    tokens: int = 200_000,
-    name: str = "lengths",  # of the results file
-    results: str = "nbs/results",  # its folder
-    cpu: bool = False,  # leave the GPU alone
-) -> None:
-    """Test trained models on sequences longer than those they were trained on; what has
-    been measured stays, until its file is deleted."""
+def lengths_main(asked: Lengths) -> None:
+    "The body of `las lengths`."
 
     def call():
-        wanted = _steps(lengths)
-        if tokens < 1:
-            raise ValueError(f"--tokens must be at least 1; got {tokens}")
-        runs = sorted(p.parent for p in Path(folder).glob(f"{only}/config.json"))
+        wanted = _steps(asked.lengths)
+        if asked.tokens < 1:
+            raise ValueError(f"--tokens must be at least 1; got {asked.tokens}")
+        runs = sorted(
+            p.parent for p in Path(asked.folder).glob(f"{asked.only}/config.json")
+        )
         if not runs:
-            raise ValueError(f"there is no finished run called {only!r} in {folder}")
-        device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+            raise ValueError(
+                f"there is no finished run called {asked.only!r} in {asked.folder}"
+            )
+        device = "cuda" if torch.cuda.is_available() and not asked.cpu else "cpu"
         how = dict(
-            command=f"las_lengths {folder} --lengths {lengths} --only '{only}' "
-            f"--tokens {tokens} --name {name}",
+            command=f"las lengths {asked.folder} --lengths {asked.lengths} "
+            f"--only '{asked.only}' --tokens {asked.tokens} --name {asked.name}",
             commit=commit_id(),
             torch=torch.__version__,
             device=torch.cuda.get_device_name() if device == "cuda" else device,
             date=time.strftime("%Y-%m-%d"),
         )
-        path = Path(results) / f"{name}.json"
+        path = Path(asked.results) / f"{asked.name}.json"
         for run in runs:
-            _measure_run(run, wanted, tokens, device, how, path)
+            _measure_run(run, wanted, asked.tokens, device, how, path)
 
     guarded(call, "what was measured is kept: go on with the same command")
 
@@ -104,7 +96,7 @@ def _measure_run(
             f"{run} was trained on {recipe.task}, whose sequences have their own length"
         )
     record = json.loads(path.read_text()) if path.exists() else dict(runs={})
-    trained_at = recipe.length or task.max_len
+    trained_at = recipe.data.length or task.max_len
     fresh = dict(task=recipe.task, trained_at=trained_at, found={})
     found = record["runs"].setdefault(run.name, fresh)["found"]
     model = model.to(device)

@@ -6,6 +6,8 @@
 __all__ = [
     "MIXERS",
     "register_mixer",
+    "NotRegistered",
+    "check_mixer",
     "mixer_options",
     "untrained",
     "SelfAttention",
@@ -30,7 +32,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/room_mixers.ipynb #563f84c5
-from .register import MIXERS, register_mixer, mixer_options, untrained
+from .register import MIXERS, NotRegistered, check_mixer
+from .register import mixer_options, register_mixer, untrained
 from .las import SelfAttention, LaSAttention
 from .attention import Attention, ALiBi, Local, influence
 from .linear import LinearAttention, Performer, Linformer, linear_attention
@@ -44,6 +47,8 @@ from .variant import LaSVariant
 _all_ = [
     "MIXERS",
     "register_mixer",
+    "NotRegistered",
+    "check_mixer",
     "mixer_options",
     "untrained",
     "SelfAttention",

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = [
+    "Record",
+    "recipe_of",
     "groups",
     "record_file",
     "read_records",
     "read_record",
     "write_record",
     "gather_records",
+    "migrate_records",
     "load_results",
     "kind_of",
     "expected",
@@ -19,9 +22,50 @@ __all__ = [
 # %% ../../nbs/record.ipynb #d843db44
 import fnmatch, functools, json, statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from .._util import replace_file
-from ..train import TrainingError
+from ..settings import Recipe, flat, read_recipe, stored
+from ..train import TrainingError, identity
+from ..train.recipe import read_command
+
+
+# %% ../../nbs/record.ipynb #c0ffee09
+class Record(TypedDict, total=False):
+    "What is kept of a run, as JSON."
+
+    name: str
+    command: str  # that repeats it
+    recipe: dict[str, Any]  # all of it, as from `stored`
+    identity: str  # a checksum of the recipe
+    commit: str  # versions that had a part in it
+    task: str
+    model: str  # the mixer
+    positions: str | None
+    seed: int
+    params: int  # trainable parameters
+    epochs: int
+    curve: dict[
+        str, list[float]
+    ]  # by epoch: loss (nats), train, valid (%), norm, worst
+    test: float  # accuracy in percent; an unfinished run has none
+    valid: float  # the same, on held-out sequences, after the last epoch
+    trivial: dict[str, float]  # percent that readers get who do not read
+    entropy: list[list[float]] | None  # of attention, by block and head, 0 to 1
+    seconds_per_epoch: float
+    cpu_seconds: float  # of one core
+    tokens_per_s: float
+    peak_memory: int  # bytes
+    device: str
+    precision: str
+    torch: str  # its version
+    finished: str  # when
+
+
+def recipe_of(record: dict[str, Any]) -> Recipe:
+    "The recipe of a run; that of old records is read off their command."
+    if "recipe" in record:
+        return read_recipe(record["recipe"])
+    return read_command(record["command"])
 
 
 # %% ../../nbs/record.ipynb #cfeb1183
@@ -116,6 +160,22 @@ def gather_records(
     return moved
 
 
+def migrate_records(
+    results: str | Path,  # folder of results files
+) -> int:  # how many
+    "Give records of earlier versions their recipe, and the place that they have now."
+    moved = gather_records(results)
+    for path in sorted(Path(results).glob("*.jsonl")):
+        for name, record in read_records(path).items():
+            recipe = recipe_of(record)
+            known = dict(recipe=stored(recipe), identity=identity(recipe))
+            if known.items() <= record.items():
+                continue
+            write_record(results, f"{name}", record | known)
+            moved += 1
+    return moved
+
+
 # %% ../../nbs/record.ipynb #e76def37
 def load_results(
     folder: str | Path,  # such as nbs/results
@@ -188,10 +248,8 @@ def judge(
     """Whether the loss of a run is where it should be, in one line; compares with runs
     of the same recipe but for the seed."""
 
-    def recipe(r):
-        return [w for w in r["command"].split(" --") if not w.startswith("seed ")]
-
-    alike = [r for r in runs if recipe(r) == recipe(record)]
+    wanted = flat(recipe_of(record)) | dict(seed=0)
+    alike = [r for r in runs if flat(recipe_of(r)) | dict(seed=0) == wanted]
     if not alike:
         return f"nothing on file was made by: {record['command']}"
     seen = f"{len(alike)} run{'s' * (len(alike) > 1)} on file"

@@ -12,6 +12,7 @@ __all__ = [
     "run_name",
     "command_line",
     "build",
+    "load_data",
     "learning_rate",
     "plateau_drops",
     "parameter_groups",
@@ -33,18 +34,15 @@ __all__ = [
 ]
 
 # %% ../../nbs/room_train.ipynb #4a1e1787
-from .recipe import Recipe, identity, preset, presets, PRESETS
-from .recipe import run_name, command_line, build
-from las_nb.train.optim import (
-    learning_rate,
-    plateau_drops,
-    parameter_groups,
-    share_loss,
-)
-from .optim import best_precision
-from .checkpoint import TrainingError, NotFinite, InUse, CannotWrite
+from .._util import Stopped, TrainingError
+from ..settings import Recipe
+from .recipe import identity, preset, presets, PRESETS
+from .recipe import run_name, command_line, build, load_data
+from .optim import learning_rate, plateau_drops, parameter_groups
+from .optim import best_precision, share_loss
+from .checkpoint import NotFinite, InUse, CannotWrite
 from .checkpoint import checkpoints, save_checkpoint, load_checkpoint
-from .loop import Stopped, Trainer, train, load_run
+from .loop import Trainer, train, load_run
 from .loop import score, attention_entropy
 
 # %% ../../nbs/room_train.ipynb #4fb84778
@@ -57,6 +55,7 @@ _all_ = [
     "run_name",
     "command_line",
     "build",
+    "load_data",
     "learning_rate",
     "plateau_drops",
     "parameter_groups",

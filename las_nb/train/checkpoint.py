@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "TrainingError",
     "NotFinite",
     "InUse",
     "CannotWrite",
@@ -21,12 +20,7 @@ import hashlib, json, os, re, shutil
 import torch
 from pathlib import Path
 from typing import Any
-from .._util import replace_file
-
-
-# %% ../../nbs/checkpoint.ipynb #a832478d
-class TrainingError(Exception):
-    "A run cannot start or go on; the message says why and what to do."
+from .._util import TrainingError, replace_file
 
 
 # %% ../../nbs/checkpoint.ipynb #ab5648a0

@@ -15,27 +15,27 @@ __all__ = [
 import math, os
 import torch, torch.nn.functional as F
 from typing import Any
-from .recipe import Recipe
+from ..settings import Optimizer
 
 
 # %% ../../nbs/optim.ipynb #f3cf9671
 def learning_rate(
-    recipe: Recipe,
+    settings: Optimizer,  # of a recipe
     step: int,  # from 0
     steps: int,  # of the whole run
     drops: int = 0,  # how often a plateau was met; see plateau_drops
 ) -> float:
     "The rate of one step."
-    rising = round(recipe.warmup * steps)
+    rising = round(settings.warmup * steps)
     if step < rising:
-        return recipe.lr * (step + 1) / rising
-    if recipe.schedule == "cosine":
+        return settings.lr * (step + 1) / rising
+    if settings.schedule == "cosine":
         return (
-            recipe.lr
+            settings.lr
             * 0.5
             * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
         )
-    return recipe.lr * 0.5**drops if recipe.schedule == "plateau" else recipe.lr
+    return settings.lr * 0.5**drops if settings.schedule == "plateau" else settings.lr
 
 
 # %% ../../nbs/optim.ipynb #f04e437c

@@ -5,131 +5,46 @@
 # %% auto #0
 __all__ = [
     "PRESETS",
-    "Recipe",
+    "check",
     "presets",
     "preset",
     "run_name",
     "as_text",
     "command_line",
+    "read_command",
     "identity",
     "build",
+    "load_data",
 ]
 
 # %% ../../nbs/recipe.ipynb #601afc73
-import ast, dataclasses, hashlib, inspect, json, math, typing
+import hashlib, inspect, json
 import torch
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from .._util import check_choice, nearest
-from ..mixers import MIXERS, mixer_options
+from ..mixers import MIXERS, check_mixer, mixer_options
 from ..model import LaSTransformer
-from ..tasks import TASKS
+from ..settings import Recipe, flat, nested, one_value, read_options
+from ..settings import short_names, stored
+from ..tasks import Batch, Sequences, TASKS, load_task
 
 
 # %% ../../nbs/recipe.ipynb #1153d45a
-@dataclass
-class Recipe:
-    """Everything that decides how a run ends.
-
-    Raises `ValueError` for a wrong type or value."""
-
-    task: str  # what is learnt: digits, smnist, listops, motif, ...
-    model: str = "las"  # las, plain (las without its parts), or another mixer: s4d, ...
-    dim: int = 128  # width
-    depth: int = 4  # blocks
-    n_heads: int = 4  # heads per block
-    positions: str | None = None  # none, sinusoidal, learned, or in some mixers rotary
-    norm: str = "batch"  # layer or batch
-    prenorm: bool = True  # pre-norm, else post-norm
-    readout: str = "mean"  # mean over positions, or the last one
-    dropout: float = 0.0  # share dropped in every block
-    max_rate: float = 0.1  # decay rate of the fastest head, per step
-    window: int = 3  # pooling window
-    pool: str = "scores"  # pool scores or weights
-    causal: bool = True  # see the past only
-    spacing: str = "geometric"  # decay rates over heads: geometric, uniform or equal
-    method: str = "auto"  # how attention is computed: auto, dense, sdpa, flex or linear
-    tol: float | None = None  # error allowed for far keys; none = by dtype
-    score_bound: float | None = None  # no score is larger; none = measured
-    chunk: int | None = None  # block length of LaS-chunk; none = attention everywhere
-    mixer_options: str = ""  # arguments of other mixers, such as n_state=16,dt_min=0.01
-    feedforward: int | None = None  # hidden width of feed-forward nets; none = 4 dim
-    epochs: int = 15  # passes over the training set
-    batch_size: int = 64  # sequences per step, over all processes
-    lr: float = 2e-3  # highest learning rate
-    weight_decay: float = 0.01  # of AdamW, on matrices only
-    clip: float = 1.0  # largest norm of the gradient
-    schedule: str = "cosine"  # after the warm-up: cosine, constant or plateau
-    warmup: float = 0.1  # share of all steps over which the rate rises
-    patience: int = 3  # plateau: epochs without a better score before a halving
-    seed: int = 0  # of weights, order and dropout
-    limit: int | None = None  # train and test on so many at most, validate on a ninth
-    sample: bool = False  # train on the small set of las_data --sample
-    share: float = 1.0  # of the training set; an epoch keeps its number of steps
-    length: int | None = None  # steps per sequence, in tasks that let one choose
-    preset: str = "fast"  # of the task: fast, cpu, paper, short or smoke
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        if self.model == "plain":
-            self.max_rate, self.window = 0.0, 1
-        _check_values(self)
-
-
-# %% ../../nbs/recipe.ipynb #fa1bce3a
-def _check_types(recipe: Recipe) -> None:
-    "Make numbers what they should be; raises `ValueError` for a wrong type."
-    for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
-        kinds = typing.get_args(f.type) or (f.type,)
-        if float in kinds and type(value) is int:
-            setattr(recipe, f.name, float(value))
-        elif type(value) not in kinds:
-            names = ["none" if k is type(None) else k.__name__ for k in kinds]
-            raise ValueError(f"{f.name} must be {' or '.join(names)}; got {value!r}")
-
-
-# %% ../../nbs/recipe.ipynb #8c80a808
-# what a number must be at least, and what it must be above
-_AT_LEAST = dict(
-    epochs=1, batch_size=1, patience=0, seed=0, weight_decay=0, warmup=0, limit=1
-)
-_ABOVE = dict(lr=0, clip=0)
-
-
-def _check_values(recipe: Recipe) -> None:
-    "Raise `ValueError` for names that nobody knows and numbers that make no sense."
-    task = TASKS.get(recipe.task)
+def check(recipe: Recipe) -> None:
+    """Raise `ValueError` for names that nobody knows, and for what the task or the
+    layer cannot do."""
     check_choice("task", recipe.task, tuple(TASKS))
-    check_choice("model", recipe.model, ("plain", *MIXERS))
-    check_choice("schedule", recipe.schedule, ("cosine", "constant", "plateau"))
+    check_mixer(recipe.mixer.name, ("plain", *MIXERS))
+    if recipe.data.length is not None and not TASKS[recipe.task].any_length:
+        raise ValueError(
+            f"{recipe.task} has sequences of its own length: leave length out"
+        )
     _mixer_arguments(recipe)
-    for name, low in _AT_LEAST.items():
-        value = getattr(recipe, name)
-        if value is not None and not low <= value < math.inf:
-            raise ValueError(f"{name} must be at least {low}; got {value}")
-    for name, low in _ABOVE.items():
-        value = getattr(recipe, name)
-        if not low < value < math.inf:
-            raise ValueError(f"{name} must be above {low}; got {value}")
-    for wrong, why in (
-        (recipe.seed > 10**9, "seed must be at most a thousand million; got {seed}"),
-        (
-            not 0 < recipe.share <= 1,
-            "share must lie above 0 and be at most 1; got {share}",
-        ),
-        (recipe.warmup >= 1, "warmup is a share of the steps, below 1; got {warmup}"),
-        (
-            recipe.length is not None and not (task and task.any_length),
-            "{task} has sequences of its own length: leave length out",
-        ),
-    ):
-        if wrong:
-            raise ValueError(why.format(**vars(recipe)))
 
 
 # %% ../../nbs/recipe.ipynb #9f18afdf
-# fields that only LaS has
+# settings that only LaS has
 _LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
     "dim",
     "n_heads",
@@ -138,31 +53,20 @@ _LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
 
 
 def _mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
-    """What the recipe says to its mixer alone; raises `ValueError` for what cannot be
-    read or is no option."""
-    mixer, given = "las" if recipe.model == "plain" else recipe.model, {}
+    "What the recipe says to its mixer alone; raises `ValueError` for what is no option."
+    own = recipe.mixer
+    mixer = "las" if own.name == "plain" else own.name
     takes = inspect.signature(MIXERS[mixer]).parameters
-    for part in filter(None, recipe.mixer_options.split(",")):
-        name, eq, value = (s.strip() for s in part.partition("="))
+    for name, value in own.options.items():
         if name in _LAS_OPTIONS:
             raise ValueError(f"{name} is an option of its own: --{name} {value}")
-        try:
-            given[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            given[name] = value
-        if not eq or not value:
-            raise ValueError(
-                "mixer_options look like n_state=16,dt_min=0.01; got "
-                f"{recipe.mixer_options!r}"
-            )
-    given |= {
+    given = own.options | {
         name: value
         for name in _LAS_OPTIONS
-        if name in takes and (value := getattr(recipe, name)) is not None
+        if name in takes and (value := getattr(own, name)) is not None
     }
-    mixer_options(
-        mixer, given, recipe.n_heads, recipe.causal, 1, recipe.positions == "rotary"
-    )
+    rotary = recipe.model.positions == "rotary"
+    mixer_options(mixer, given, recipe.model.n_heads, own.causal, 1, rotary)
     return given
 
 
@@ -179,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # %% ../../nbs/recipe.ipynb #d5554e59
 def presets(
     task: str,  # a key of TASKS
-) -> dict[str, dict[str, Any]]:  # name -> fields of Recipe
+) -> dict[str, dict[str, Any]]:  # name -> settings by their short names
     "All presets of a task."
     return {"fast": PRESETS.get(task, {})} | TASKS[task].presets
 
@@ -187,34 +91,40 @@ def presets(
 # %% ../../nbs/recipe.ipynb #39606c2d
 def preset(
     task: str,  # a key of TASKS
-    # fields of Recipe that shall differ from the preset; one of them, preset, names
-    # another
+    # settings by their short names that shall differ from the preset; one of them,
+    # preset, names another
     **changes: Any,
 ) -> Recipe:
     """The recipe of a task, with changes.
 
     Raises `ValueError` for names, types or values that are not allowed."""
     check_choice("task", task, tuple(TASKS))
-    fields = [f.name for f in dataclasses.fields(Recipe)]
     for name in changes:
-        if name not in fields:
-            raise ValueError(f"there is no option {name!r}{nearest(name, fields)}")
+        if name not in short_names():
+            raise ValueError(
+                f"there is no option {name!r}{nearest(name, short_names())}"
+            )
     model = changes.get("model", "las")
-    missing = (
-        ("max_rate", "window")
-        if model == "plain"
-        else _LAS_OPTIONS - set(inspect.signature(MIXERS[model]).parameters)
-        if model in MIXERS
-        else ()
-    )
     for name in changes:
-        if name in missing:
+        if name in _missing(model):
             raise ValueError(
                 f"{'plain attention' if model == 'plain' else model} has no {name}; "
                 "use model 'las'"
             )
-    check_choice("preset", changes.get("preset", "fast"), tuple(presets(task)))
-    return Recipe(task, **presets(task)[changes.get("preset", "fast")] | changes)
+    known = presets(task)
+    check_choice("preset", changes.get("preset", "fast"), tuple(known))
+    settings = known[changes.get("preset", "fast")] | changes
+    recipe = nested(dict(task=task) | settings)
+    check(recipe)
+    return recipe
+
+
+def _missing(model: str) -> set[str]:
+    "Settings that a layer does not have."
+    if model == "plain":
+        return {"max_rate", "window"}
+    takes = inspect.signature(MIXERS[model]).parameters if model in MIXERS else ()
+    return _LAS_OPTIONS - set(takes) if takes else set()
 
 
 # %% ../../nbs/recipe.ipynb #648c8a2f
@@ -222,30 +132,54 @@ def preset(
 def run_name(recipe: Recipe) -> str:
     "A short name for a run."
     which = [] if recipe.preset == "fast" else [recipe.preset]
-    positions = recipe.positions or "none"
-    parts = [recipe.task, *which, recipe.model, positions, recipe.seed]
+    positions = recipe.model.positions or "none"
+    parts = [recipe.task, *which, recipe.mixer.name, positions, recipe.seed]
     return "-".join(map(str, parts))
 
 
 # %% ../../nbs/recipe.ipynb #8e7e4fec
 def as_text(value: Any) -> str:
     "A value as one writes it on a command line."
+    if isinstance(value, dict):
+        return ",".join(f"{k}={as_text(v)}" for k, v in value.items())
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     plain = value is None or isinstance(value, bool)
     return str(value).lower() if plain else str(value)
 
 
 def command_line(recipe: Recipe) -> str:
     "The command that repeats a run."
-    usual = preset(recipe.task, model=recipe.model, preset=recipe.preset)
-    words = ["las_train", recipe.task]
+    usual = flat(preset(recipe.task, model=recipe.mixer.name, preset=recipe.preset))
+    words = ["las train", recipe.task]
     if recipe.preset != "fast":
         words.append(f"--preset {recipe.preset}")
-    if recipe.model != "las":
-        words.append(f"--model {recipe.model}")
-    for name, value in vars(recipe).items():
-        if value != getattr(usual, name):
+    if recipe.mixer.name != "las":
+        words.append(f"--model {recipe.mixer.name}")
+    for name, value in flat(recipe).items():
+        if value != usual[name]:
             words.append(f"--{name} {as_text(value)}")
     return " ".join(words)
+
+
+# %% ../../nbs/recipe.ipynb #c0ffee10
+def read_command(
+    text: str,  # as from `command_line`
+) -> Recipe:
+    "The recipe that a command says, with today's defaults; raises `ValueError`."
+    settings: dict[str, Any] = {}
+    task, *options = (
+        text.removeprefix("las train ").removeprefix("las_train ").split(" --")
+    )
+    for option in options:
+        name, _, value = option.partition(" ")
+        if name == "mixer_options":
+            settings[name] = read_options(value)
+        elif name == "window" and " " in value:
+            settings[name] = tuple(map(float, value.split()))
+        else:
+            settings[name] = one_value(value)
+    return preset(task, **settings)
 
 
 # %% ../../nbs/recipe.ipynb #cfd04a9a
@@ -253,28 +187,38 @@ def identity(
     recipe: Recipe,
 ) -> str:  # 12 hexadecimal digits
     "What runs of the same settings, and only they, have in common."
-    said = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    said = json.dumps(stored(recipe), sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 # %% ../../nbs/recipe.ipynb #66ff298e
 def build(recipe: Recipe) -> LaSTransformer:  # on the CPU
-    "The untrained model of a recipe; the same seed gives the same weights."
+    """The untrained model of a recipe; the same seed gives the same weights.
+
+    Raises `ValueError` for what task or layer cannot do."""
+    check(recipe)
     task = TASKS[recipe.task]
-    known = inspect.signature(LaSTransformer).parameters
-    given = {
-        name: value
-        for name, value in dataclasses.asdict(recipe).items()
-        if name in known
-    }
     torch.manual_seed(recipe.seed)
     return LaSTransformer(
         task.n_classes,
         vocab=task.vocab,
         in_features=task.in_features,
         pairs=task.pairs,
-        max_len=recipe.length or task.max_len,
-        mixer="las" if recipe.model == "plain" else recipe.model,
-        **given,
+        max_len=recipe.data.length or task.max_len,
+        mixer="las" if recipe.mixer.name == "plain" else recipe.mixer.name,
+        causal=recipe.mixer.causal,
+        **vars(recipe.model),
         **_mixer_arguments(recipe),
     )
+
+
+# %% ../../nbs/recipe.ipynb #c0ffee03
+def load_data(
+    recipe: Recipe,
+    root: str | Path | None = None,  # where data files lie; see data_root
+    device: str | torch.device = "cpu",
+) -> dict[str, Batch | Sequences]:  # "train", "valid", "test"
+    "The splits that a recipe names; raises as `load_task` does."
+    data = recipe.data
+    where = recipe.task, root, device
+    return load_task(*where, data.limit, data.sample, length=data.length)
