@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "EXTENSIONS",
     "options_of",
     "parse",
     "import_extension",
@@ -155,6 +156,9 @@ def parse(
 
 
 # %% ../nbs/command.ipynb #c0ffee05
+EXTENSIONS: list[str] = []  # modules that were imported so
+
+
 def import_extension(
     name: str,  # of a module, found from here as well
     who: str = "--import",  # who asks for it
@@ -164,6 +168,7 @@ def import_extension(
         sys.path.insert(0, "")
     try:
         importlib.import_module(name)
+        EXTENSIONS.append(name)
     except ImportError as e:
         raise ValueError(f"{who} {name}: {e}") from None
 

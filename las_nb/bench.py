@@ -677,13 +677,19 @@ def bench_main(asked: Bench) -> None:
 
 
 # %% ../nbs/16_bench.ipynb #df4c4755
+def _said() -> str:
+    "The command, as it was given."
+    words = sys.argv[1:]
+    return " ".join(["las bench", *words[words[:1] == ["bench"] :]])
+
+
 def _new_record(name: str, device: str, backward: bool) -> dict[str, Any]:
     "What is known before the first case."
     threads = torch.get_num_threads()
     gpu = device == "cuda"
     return dict(
         name=name,
-        command=" ".join(["las bench", *sys.argv[2:]]),
+        command=_said(),
         commit=commit_id(),
         torch=torch.__version__,
         threads=threads,

@@ -179,4 +179,9 @@ def main(
     asked, given = parse(kind, rest, f"las {words[0]}")
     for name in modules:
         guarded(lambda: import_extension(name), "")
-    work(asked, given)
+    try:
+        work(asked, given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141)

@@ -6,11 +6,13 @@
 __all__ = ["experiments", "same_settings", "status", "work_off"]
 
 # %% ../nbs/experiments.ipynb #19c34e2c
-import fnmatch, functools, gc, json, math, os, sys, time
+import dataclasses, fnmatch, functools, gc, json, math, os, sys, time
 from pathlib import Path
-from typing import Any, Callable
-from ._command import guarded, needs, summary, trouble
+from typing import Any, Callable, NamedTuple
+from ._command import EXTENSIONS, guarded, import_extension, needs, summary
+from ._command import trouble
 from ._util import nearest, refuse, replace_file
+from .cluster import on_ray
 from .results.record import read_record, recipe_of, record_file, write_record
 from .settings import Work, flat, read_recipe
 from .tasks import DataError, TASKS
@@ -146,7 +148,7 @@ def _make_run(
     options: dict[str, Any],  # arguments of Trainer
     weights: bool = True,  # keep small weights of seed 0 beside the results?
     keep_curves: bool = False,  # see work_off
-) -> None:
+) -> str:  # a line about it
     "Make one run, or go on with it, and put its record beside the others."
     so_far = results / "unfinished" / f"{name}.json"
     if keep_curves:
@@ -160,20 +162,20 @@ def _make_run(
     write_record(results, name, record)
     for old in (so_far, out / name / "failed.txt"):
         old.unlink(missing_ok=True)
-    print(summary(record), flush=True)
     gc.collect()  # what the run held on the GPU
+    return summary(record)
 
 
 # %% ../nbs/experiments.ipynb #6c66ed54
 def _make_or_note(
     name: str,
     out: Path,  # folder with the runs' folders
-    make: Callable[[], None],  # makes the run
-) -> str:  # "made", "left" to another process, "failed", or "missing" data
-    "Make a run, or say in one line why not; raises `Stopped` and `CannotWrite`."
+    make: Callable[[], str],  # makes the run
+) -> tuple[str, str]:
+    """Make a run: "made", and a line about it; or "left" to another process, "failed",
+    or "missing" data, and why. Raises `Stopped` and `CannotWrite`."""
     try:
-        make()
-        return "made"
+        return "made", make()
     except InUse as e:
         outcome, why = "left", str(e)
     except (CannotWrite, Stopped):
@@ -186,8 +188,7 @@ def _make_or_note(
         outcome, why = "failed", trouble(e)
     if outcome == "failed":
         replace_file(out / name / "failed.txt", why.encode())
-    print(f"{name}: {why}", file=sys.stderr)
-    return outcome
+    return outcome, f"{name}: {why}"
 
 
 # %% ../nbs/experiments.ipynb #b2855866
@@ -213,14 +214,90 @@ def _check_work(
 
 def _time_left(
     minutes: float | None,  # of the whole process
-) -> float | None:  # time.monotonic() at which to save and stop
-    "When to stop: loading torch counts as well, and 20 s are kept for a checkpoint."
+) -> float | None:  # seconds
+    "How long to go on: loading torch counts as well, and 20 s are for a checkpoint."
     if minutes is None:
         return None
     import psutil
 
-    began = time.monotonic() - (time.time() - psutil.Process().create_time())
-    return began + 60 * minutes - 20
+    return psutil.Process().create_time() - time.time() + 60 * minutes - 20
+
+
+# %% ../nbs/experiments.ipynb #c0ffee12
+class _Work(NamedTuple):
+    "Runs that are asked for; calling it with a name makes one, on whatever machine."
+
+    todo: dict[str, dict[str, Any]]  # name -> arguments of preset
+    asked: Work
+    until: float | None  # time.time() at which to save and stop
+    weights: bool  # keep small weights of seed 0 beside the results?
+    keep_curves: bool  # write `unfinished/NAME.json` after every epoch?
+
+    def due(self, name: str) -> bool:
+        "Is the run still to be made? One that failed only if it is named."
+        folders = Path(self.asked.out), Path(self.asked.results)
+        state = status(name, *folders, self.todo)[0]
+        return state in ("cut", "waiting") or (state == "failed" and self.asked.only)
+
+    def __call__(self, name: str) -> tuple[str, str]:  # outcome, a line about it
+        "Make a run, or go on with it; raises `Stopped` and `CannotWrite`."
+        asked, task = self.asked, self.todo[name]["task"]
+        left = None if self.until is None else self.until - time.time()
+        # seconds to begin
+        least = 90 if asked.compile or TASKS[task].make else 30
+        if left is not None and left < least:
+            return "late", f"{name}: no time is left to begin"
+        options = dict(root=asked.root, cpu=asked.cpu, compile=asked.compile)
+        options["save_minutes"] = asked.save_minutes
+        if left is not None:
+            options["deadline"] = time.monotonic() + left
+        out, results = Path(asked.out), Path(asked.results)
+        call = name, self.todo[name], out, results, options
+        make = functools.partial(_make_run, *call, self.weights, self.keep_curves)
+        return _make_or_note(name, out, make)
+
+
+# %% ../nbs/experiments.ipynb #c0ffee13
+def _here(work: _Work, names: list[str]) -> list[str]:  # outcomes
+    "Make runs one after the other; those whose data are missing are left out."
+    outcomes, missing = [], set()
+    for name in names:
+        # another process may have made it meanwhile
+        if work.todo[name]["task"] in missing or not work.due(name):
+            continue
+        outcome, said = work(name)
+        if outcome == "late":
+            break
+        print(said, file=None if outcome == "made" else sys.stderr, flush=True)
+        outcomes.append(outcome)
+        if outcome == "missing":
+            missing.add(work.todo[name]["task"])
+    return outcomes
+
+
+class _OnNode(NamedTuple):
+    "The same on a node of a cluster, which knows no paths or extensions of its own."
+
+    work: _Work
+    extensions: tuple[str, ...]  # modules that register layers and tasks
+
+    def __call__(self, name: str) -> tuple[str, str]:
+        for module in self.extensions:
+            import_extension(module)
+        try:
+            return self.work(name)
+        except (Stopped, CannotWrite) as e:
+            return "stopped", f"{name}: {e}"
+
+
+def _on_ray(work: _Work, names: list[str]) -> list[str]:  # outcomes
+    "Make runs on the nodes of a Ray cluster."
+    asked = work.asked
+    paths = dict(out=asked.out, results=asked.results, root=asked.root)
+    whole = {n: str(Path(p).resolve()) for n, p in paths.items() if p is not None}
+    work = work._replace(asked=dataclasses.replace(asked, **whole))
+    call = _OnNode(work, tuple(EXTENSIONS))
+    return [*on_ray(call.__call__, names, asked.cpu).values()]
 
 
 # %% ../nbs/experiments.ipynb #22cbc728
@@ -241,35 +318,16 @@ def work_off(
             print(f"{name:28s} {' '.join(said).strip()}")
         return
     needs("accelerate", "safetensors", "tqdm", "matplotlib", "psutil")
-    deadline, outcomes, missing = _time_left(asked.minutes), [], set()
-    options = dict(root=asked.root, cpu=asked.cpu, compile=asked.compile)
-    options["deadline"] = deadline
-    for name in names:
-        state, task = stand(name)[0], todo[name]["task"]
-        again = asked.only and state == "failed"
-        if state in ("finished", "failed") and not again or task in missing:
-            continue
-        least = 90 if asked.compile or TASKS[task].make else 30  # seconds to begin
-        if deadline is not None and time.monotonic() > deadline - least:
-            break
-        call = [name, todo[name], out, results, options, weights, keep_curves]
-        make = functools.partial(_make_run, *call)
-        try:
-            outcome = guarded(
-                lambda: _make_or_note(name, out, make), "go on with the same command"
-            )
-        except SystemExit:
-            _tell_finished(names, stand)
-            raise
-        outcomes.append(outcome)
-        if outcome == "missing":
-            missing.add(task)
-    _tell_finished(names, stand)
+    left = _time_left(asked.minutes)
+    work = _Work(todo, asked, left and time.time() + left, weights, keep_curves)
+    try:
+        way = _on_ray if asked.on == "ray" else _here
+        outcomes = guarded(
+            lambda: way(work, [n for n in names if work.due(n)]),
+            "go on with the same command",
+        )
+    finally:
+        done = sum(stand(name)[0] == "finished" for name in names)
+        print(f"{done} of {len(names)} finished")
     if {"failed", "missing"} & set(outcomes):
         raise SystemExit(2)
-
-
-def _tell_finished(names: list[str], stand: Callable[[str], tuple[str, str]]) -> None:
-    "Say how many of them are finished."
-    done = sum(stand(name)[0] == "finished" for name in names)
-    print(f"{done} of {len(names)} finished")

@@ -361,6 +361,7 @@ class Work:
     root: str | None = None  # data files; by default LAS_NB_DATA, or the user's cache
     cpu: bool = False  # leave the GPU alone
     compile: bool = False  # torch.compile the models
+    save_minutes: float = 2.0  # time between checkpoints
     on: Literal["here", "ray"] = "here"  # one by one, or on the nodes of a Ray cluster
 
 

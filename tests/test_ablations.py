@@ -10,6 +10,7 @@ from las_nb.mixers import LaSAttention
 from las_nb.model import LaSTransformer
 from las_nb.tasks.probes import PROBES, probe
 from las_nb.lengths import lengths_main, score_at
+from las_nb.settings import Lengths
 from las_nb.train import attention_entropy, train
 import las_nb.train.loop as lib
 
@@ -255,13 +256,14 @@ def run(tmp_path_factory):
 
 
 def test_lengths_are_measured_once(run, tmp_path, capsys):
-    lengths_main(str(run), "64,128", results=str(tmp_path), tokens=2000, cpu=True)
+    where = dict(results=str(tmp_path), cpu=True)
+    lengths_main(Lengths(str(run), "64,128", tokens=2000, **where))
     first = json.loads((tmp_path / "lengths.json").read_text())
     found = first["runs"]["needle-las-0"]["found"]
     assert {L: f["n"] for L, f in found.items()} == {"64": 31, "128": 15} and first[
         "runs"
     ]["needle-las-0"]["trained_at"] == 64
-    lengths_main(str(run), "64,128,256", results=str(tmp_path), tokens=9000, cpu=True)
+    lengths_main(Lengths(str(run), "64,128,256", tokens=9000, **where))
     again = json.loads((tmp_path / "lengths.json").read_text())["runs"]["needle-las-0"][
         "found"
     ]
@@ -280,7 +282,7 @@ def test_lengths_are_measured_once(run, tmp_path, capsys):
 )
 def test_wrong_lengths_are_explained(run, lengths, only, says, tmp_path, capsys):
     try:
-        lengths_main(str(run), lengths, only, results=str(tmp_path), cpu=True)
+        lengths_main(Lengths(str(run), lengths, only, results=str(tmp_path), cpu=True))
     except SystemExit as e:
         assert e.code == 2
     out = capsys.readouterr()

@@ -352,20 +352,8 @@ def test_from_start_to_end_through_a_cut(grid):
 def test_a_command_repeats_a_cell(grid):
     "What a record says in `command` is the recipe of the cell."
     from las_nb.train import command_line
+    from las_nb.train.recipe import read_command
 
     for args in read_grid(grid / "tiny.toml").values():
-        recipe, words = preset(**args), command_line(preset(**args)).split()
-        options = {
-            w[2:]: words[i + 1] for i, w in enumerate(words) if w.startswith("--")
-        }
-        from las_nb._command import options_of, read_option
-        from las_nb.train import Recipe
-
-        again = preset(
-            words[1],
-            **{
-                k: read_option(k, v, options_of(Recipe)[k][0])
-                for k, v in options.items()
-            },
-        )
-        assert again == recipe
+        recipe = preset(**args)
+        assert read_command(command_line(recipe)) == recipe

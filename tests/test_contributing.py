@@ -86,7 +86,7 @@ def test_a_recipe_is_short(title):
 
 
 def test_a_new_layer_learns_a_new_task(copy):
-    code = "import sys; from las_nb.cli import train_main; train_main(sys.argv[1:])"
+    code = "import sys; from las_nb.cli import main; main(['train', *sys.argv[1:]])"
     args = "parity --model average --dim 16 --depth 1 --epochs 1 --cpu"
     assert "parity-average-none-0: test" in run(copy, code, *args.split())
 

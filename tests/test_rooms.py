@@ -143,7 +143,7 @@ def test_the_list_of_runs_builds_no_model():
 import las_nb.cli, las_nb.model
 def refuse(*args, **options): raise AssertionError("a model was built")
 las_nb.model.LaSTransformer.__init__ = refuse
-las_nb.cli.experiments_main("list")
+las_nb.cli.main(["experiments", "list", "--results", "nbs/results"])
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
