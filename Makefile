@@ -12,7 +12,7 @@ help:  ## this list
 	@touch $@
 
 train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a figure (about 4 minutes)
-	$(BIN)/las_digits
+	$(BIN)/las digits
 
 test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
@@ -39,22 +39,22 @@ docs: .venv/ready  ## render the site into _docs (needs Quarto)
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
 
 experiments: .venv/ready  ## make the runs of the book that are missing; takes up what was cut (many hours, on a GPU)
-	$(BIN)/las_experiments run
+	$(BIN)/las experiments run --results nbs/results
 
 results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 11 minutes)
-	$(BIN)/las_digits --seeds 0,1,2 --out runs/results
+	$(BIN)/las digits --seeds 0,1,2 --out runs/results
 	cp runs/results/digits.json runs/results/digits.png nbs/results/
 	mkdir -p nbs/results/digits-plain nbs/results/digits-las
 	cp runs/results/plain-seed0/* nbs/results/digits-plain/
 	cp runs/results/las-seed0/* nbs/results/digits-las/
 
-BENCH := $(BIN)/las_bench --rounds 3
+BENCH := $(BIN)/las bench --out nbs/results --rounds 3
 bench: .venv/ready  ## repeat the measurements of the speed page (about 25 minutes on 2 cores; leave the machine alone meanwhile)
 	$(BENCH) --backward --models
 	$(BENCH) --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0 --name bench-cpu-trained
 	$(BENCH) --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0 --score_scale 4 --name bench-cpu-trained-x4
-	$(BIN)/las_bench --backward --lengths 16,32,64,128,256,512 --max_rate 0.5 --ways auto,dense --rounds 21 --name bench-cpu-small
-	$(BIN)/las_bench --backward --lengths 16,32,64,128,256,512 --max_rate 0.5 --ways auto,dense --rounds 21 --batch 16 --name bench-cpu-small-batch
+	$(BIN)/las bench --out nbs/results --backward --lengths 16,32,64,128,256,512 --max_rate 0.5 --ways auto,dense --rounds 21 --name bench-cpu-small
+	$(BIN)/las bench --out nbs/results --backward --lengths 16,32,64,128,256,512 --max_rate 0.5 --ways auto,dense --rounds 21 --batch 16 --name bench-cpu-small-batch
 	$(BENCH) --lengths 65536 --max_rate 0.5 --ways auto,linear --name bench-cpu-long
 	$(BENCH) --max_rate 0.5 --name bench-cpu-forward
 	$(BENCH) --backward --lengths 16384,65536 --max_rate 0.5 --ways auto --name bench-cpu-memory

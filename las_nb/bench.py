@@ -495,7 +495,7 @@ def model_speed(
 
 # %% ../nbs/16_bench.ipynb #3330dae1
 def speed_table(
-    record: dict[str, Any],  # as las_bench writes it
+    record: dict[str, Any],  # as las bench writes it
 ) -> str:  # Markdown
     """Seconds, speed relative to plain attention, memory and error of every method and
     case."""
@@ -531,7 +531,7 @@ _COLORS = {
 
 
 def plot_speed(
-    record: dict[str, Any],  # as las_bench writes it
+    record: dict[str, Any],  # as las bench writes it
     path: str | Path | None = None,  # where the PNG goes; None = nowhere
 ) -> None:
     "Seconds against length, one panel per rate, both axes logarithmic."

@@ -180,7 +180,7 @@ def migrate_records(
 def load_results(
     folder: str | Path,  # such as nbs/results
     pattern: str,  # such as "smnist-short-*"
-) -> list[dict[str, Any]]:  # records, as las_experiments writes them
+) -> list[dict[str, Any]]:  # records, as las experiments writes them
     """The records of single runs, and of files `PATTERN.json` as unfinished runs have
     them; raises `TrainingError` for a file that holds none."""
     try:
@@ -194,7 +194,7 @@ def load_results(
             runs[-1]["curve"]["valid"]
         except (ValueError, KeyError, TypeError):
             raise TrainingError(
-                f"{path} is no results file; delete it and let las_experiments make it "
+                f"{path} is no results file; delete it and let las experiments make it "
                 "again"
             ) from None
     return runs

@@ -121,7 +121,7 @@ def averages(
 
 # %% ../../nbs/tables.ipynb #3ec17539
 def arena_scores(
-    runs: list[dict[str, Any]],  # records of las_train, of LRA tasks
+    runs: list[dict[str, Any]],  # records of las train, of LRA tasks
     # "plain + positions", "LaS", "LaS + positions" -> task -> list of percents, one per
     # seed
 ) -> dict[str, dict[str, list[float]]]:
@@ -145,7 +145,7 @@ TITLES = dict(
 
 
 def arena_table(
-    runs: list[dict[str, Any]],  # records of las_train, of one preset
+    runs: list[dict[str, Any]],  # records of las train, of one preset
     # name -> task -> percent or None
     published: dict[str, dict[str, Any]] | None = None,
     goals: dict[str, float] | None = None,  # task -> percent

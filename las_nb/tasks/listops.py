@@ -301,7 +301,7 @@ def listops(
     for f in files.values():
         if not f.exists():
             raise DataError(
-                f"{f} is missing; delete {folder} to let las_data make it, or complete "
+                f"{f} is missing; delete {folder} to let las data make it, or complete "
                 "the official files"
             )
 

@@ -897,7 +897,7 @@ def load_run(
         )
         if folder is None:
             raise TrainingError(
-                f"there is no run in {path}: name the folder that las_train was given "
+                f"there is no run in {path}: name the folder that `las train` was given "
                 "with --out"
             )
         tensors, facts = load_checkpoint(folder)
