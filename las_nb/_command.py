@@ -36,6 +36,31 @@ def options_of(kind: type) -> dict[str, tuple[str, Any]]:
     return found
 
 
+# %% ../nbs/command.ipynb #c0ffee14
+def _values(words: list[str], most: int) -> list[str]:
+    "The words that follow an option: one, or several numbers; they are taken out."
+    taken = []
+    while words and not words[0].startswith("--") and len(taken) < most:
+        if taken and not re.fullmatch(r"[\d.,e+-]+", words[0]):
+            break
+        taken.append(words.pop(0))
+    return taken or [""]
+
+
+def _flag(long: str, words: list[str], value: str | None) -> str:
+    "The option that switches something on or off; a value that follows is taken out."
+    said = (value or (words or [""])[0]).lower()
+    if value is None and said in ("true", "false"):
+        words.pop(0)
+    elif value is None:
+        said = "true"
+    if said not in ("true", "false"):
+        refuse(f"--{long} is true or false; got {value!r}")
+    group, _, name = long.rpartition(".")
+    name = name if said == "true" else f"no_{name}"
+    return f"--{group}.{name}" if group else f"--{name}"
+
+
 # %% ../nbs/command.ipynb #c799e044
 class _Words:
     """The words of a command line as tyro wants them: long names, no values for flags,
@@ -63,7 +88,7 @@ class _Words:
         if name not in self.known and off and name.startswith("no_"):
             name, eq, value = name.removeprefix("no_"), "=", "false"
         if name.startswith("mixer.") and "mixer_options" in self.known:
-            value = value if eq else self.values(1)[0]
+            value = value if eq else _values(self.words, 1)[0]
             self.options[name.removeprefix("mixer.")] = one_value(value)
             return self.given.append("mixer_options")
         if name not in self.known:
@@ -71,9 +96,9 @@ class _Words:
         self.given.append(name)
         long, annotation = self.known[name]
         if annotation is bool:
-            return self.flag(long, value if eq else None)
+            return self.named.append(_flag(long, self.words, value if eq else None))
         many = any(typing.get_origin(k) is tuple for k in kinds_of(annotation))
-        values = [value] if eq else self.values(99 if many else 1)
+        values = [value] if eq else _values(self.words, 99 if many else 1)
         if name == "mixer_options":
             self.options |= read_options(*values)
             return
@@ -81,28 +106,6 @@ class _Words:
         if type(None) in kinds_of(annotation):
             values = ["None" if v.lower() == "none" else v for v in values]
         self.named += [f"--{long}", *values]
-
-    def values(self, most: int) -> list[str]:
-        "The words that follow: one, or numbers."
-        taken = []
-        while self.words and not self.words[0].startswith("--") and len(taken) < most:
-            if taken and not re.fullmatch(r"[\d.,e+-]+", self.words[0]):
-                break
-            taken.append(self.words.pop(0))
-        return taken or [""]
-
-    def flag(self, long: str, value: str | None) -> None:
-        "Switch something on or off."
-        said = (value or (self.words or [""])[0]).lower()
-        if value is None and said in ("true", "false"):
-            self.words.pop(0)
-        elif value is None:
-            said = "true"
-        if said not in ("true", "false"):
-            refuse(f"--{long} is true or false; got {value!r}")
-        group, _, name = long.rpartition(".")
-        name = name if said == "true" else f"no_{name}"
-        self.named.append(f"--{group}.{name}" if group else f"--{name}")
 
 
 # %% ../nbs/command.ipynb #c0ffee04

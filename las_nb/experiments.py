@@ -322,10 +322,8 @@ def work_off(
     work = _Work(todo, asked, left and time.time() + left, weights, keep_curves)
     try:
         way = _on_ray if asked.on == "ray" else _here
-        outcomes = guarded(
-            lambda: way(work, [n for n in names if work.due(n)]),
-            "go on with the same command",
-        )
+        due = [name for name in names if work.due(name)]
+        outcomes = guarded(lambda: way(work, due), "go on with the same command")
     finally:
         done = sum(stand(name)[0] == "finished" for name in names)
         print(f"{done} of {len(names)} finished")

@@ -205,10 +205,12 @@ def _check_types(settings: Any) -> None:
 def _check_number(settings: Any, name: str, low: float, above: bool = False) -> None:
     "Raise `ValueError` unless a number, if there is one, is at least (or above) `low`."
     value = getattr(settings, name)
-    if value is None or low < value < math.inf or (value == low and not above):
+    if value is None:
         return
-    word = "above" if above else "at least"
-    raise ValueError(f"{name} must be {word} {low}; got {value}")
+    enough = value > low if above else value >= low
+    if not enough or value == math.inf:
+        word = "above" if above else "at least"
+        raise ValueError(f"{name} must be {word} {low}; got {value}")
 
 
 # %% ../nbs/settings.ipynb #2ba333ac

@@ -897,8 +897,8 @@ def load_run(
         )
         if folder is None:
             raise TrainingError(
-                f"there is no run in {path}: name the folder that `las train` was given "
-                "with --out"
+                f"there is no run in {path}: name the folder that `las train` was "
+                "given with --out"
             )
         tensors, facts = load_checkpoint(folder)
         recipe = read_recipe(facts["recipe"])

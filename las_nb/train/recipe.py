@@ -53,7 +53,7 @@ _LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
 
 
 def _mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
-    "What the recipe says to its mixer alone; raises `ValueError` for what is no option."
+    "What the recipe says to its mixer alone; raises `ValueError` for a wrong option."
     own = recipe.mixer
     mixer = "las" if own.name == "plain" else own.name
     takes = inspect.signature(MIXERS[mixer]).parameters
