@@ -11,6 +11,10 @@ from typing import Any, Callable
 
 
 # %% ../nbs/cluster.ipynb #14a448dd
+def _call(work: Callable[[str], tuple[str, str]], name: str) -> tuple[str, str]:
+    return work(name)
+
+
 def _done(ray: Any, task: Any) -> tuple[str, str]:
     "How a task ended: its own answer, or what became of its worker."
     try:
@@ -36,8 +40,8 @@ def on_ray(
     gpus = 0 if cpu else min(1, ray.cluster_resources().get("GPU", 0))
     paths = dict(env_vars=dict(PYTHONPATH=os.pathsep.join(p or "." for p in sys.path)))
     how = dict(num_cpus=1, num_gpus=gpus, max_retries=3, runtime_env=paths)
-    task = ray.remote(**how)(work)
-    waiting, outcomes = {task.remote(name): name for name in names}, {}
+    task, shared = ray.remote(**how)(_call), ray.put(work)
+    waiting, outcomes = {task.remote(shared, name): name for name in names}, {}
     try:
         while waiting:
             [first], _ = ray.wait(list(waiting), num_returns=1)

@@ -297,7 +297,7 @@ def _on_ray(work: _Work, names: list[str]) -> list[str]:  # outcomes
     whole = {n: str(Path(p).resolve()) for n, p in paths.items() if p is not None}
     work = work._replace(asked=dataclasses.replace(asked, **whole))
     call = _OnNode(work, tuple(EXTENSIONS))
-    return [*on_ray(call.__call__, names, asked.cpu).values()]
+    return [*on_ray(call, names, asked.cpu).values()]
 
 
 # %% ../nbs/experiments.ipynb #22cbc728
