@@ -337,6 +337,52 @@ def _refuse_more(
 _OURS: dict[str, dict[str, Any]] = {}
 
 
+def _by_part(config: Any) -> str | dict[str, Any] | None:
+    "Which LaS a configuration uses, and each of its parts; `None` = none."
+    own = config._attn_implementation
+    own = own if own in _OURS else None
+    parts = {p: getattr(config, p, None) for p in config.sub_configs}
+    found = {p: _by_part(c) for p, c in parts.items() if c is not None}
+    found = {p: name for p, name in found.items() if name}
+    if not parts:
+        return own
+    return ({"": own} if own else {}) | found or None
+
+
+def _keep_in_config() -> None:
+    """Let configurations of transformers write down that their model uses LaS, and how:
+    they forget their attention otherwise."""
+    from transformers import PreTrainedConfig
+
+    forgetful = PreTrainedConfig.to_dict
+    if hasattr(forgetful, "__wrapped__"):
+        return
+
+    @functools.wraps(forgetful)
+    def to_dict(self) -> dict[str, Any]:
+        written, used = forgetful(self), _by_part(self)
+        written.pop("las", None)
+        if used:
+            written["attn_implementation"] = used
+        if self._attn_implementation in _OURS:
+            written["las"] = dict(_OURS[self._attn_implementation])
+        return written
+
+    PreTrainedConfig.to_dict = to_dict
+
+
+def _warn_if_other(module: torch.nn.Module, name: str) -> None:
+    "Warn where a model was saved with other settings than those of `name`."
+    config = getattr(module, "config", None)
+    saved = frozen(list((getattr(config, "las", None) or {}).items()))
+    if saved and dict(saved) != _OURS[name]:
+        warnings.warn(
+            f"the model was saved with LaS of {dict(saved)}, and {name!r} is "
+            f"{_OURS[name]}: register_las with the same",
+            stacklevel=2,
+        )
+
+
 def register_las(
     name: str = "las",  # what set_attn_implementation will call it
     # decay rate of the fastest head, per step (half-life 6.9); 0 = no locality
@@ -387,6 +433,7 @@ def register_las(
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        _warn_if_other(module, name)
         mask, packed = attention_mask, None
         _refuse_more(module, mask, kwargs | dict(dropout=dropout))
         if mask is not None and mask.ndim == 0:
@@ -410,3 +457,4 @@ def register_las(
     _OURS[name] |= dict(score_bound=bounds)
     AttentionInterface.register(name, las)
     AttentionMaskInterface.register(name, _padding_mask)
+    _keep_in_config()

@@ -309,3 +309,51 @@ def test_autocast_casts_as_torch_does():
         for way in ways:
             with pytest.raises(ValueError, match="dtype"):
                 way(*a, torch.zeros(4), window=1)
+
+
+# --- what is kept on disk
+
+
+def again(path, **how):
+    return tf.AutoModelForCausalLM.from_pretrained(path, **how)
+
+
+def test_a_saved_model_remembers_las(tmp_path):
+    model = build()
+    model.set_attn_implementation("hf-weights")
+    model.save_pretrained(tmp_path)
+    loaded = again(tmp_path).eval()
+    assert loaded.config._attn_implementation == "hf-weights"
+    assert loaded.config.las["window"] == 4 and loaded.config.las["max_rate"] == 0.3
+    with torch.no_grad():
+        assert torch.equal(loaded(noise()).logits, model(noise()).logits)
+    loaded.set_attn_implementation("sdpa")
+    loaded.save_pretrained(tmp_path)
+    plain = again(tmp_path)
+    assert plain.config._attn_implementation == "sdpa"
+    assert not hasattr(plain.config, "las")
+
+
+def test_parts_of_a_model_remember_theirs(tmp_path):
+    config = tf.LlavaConfig(text_config=dict(model_type="llama"))
+    config._attn_implementation = {"text_config": "hf-scores"}
+    config.save_pretrained(tmp_path)
+    loaded = tf.AutoConfig.from_pretrained(tmp_path)
+    assert loaded.text_config._attn_implementation == "hf-scores"
+    assert loaded.vision_config._attn_implementation is None
+
+
+def test_what_cannot_be_restored_is_told(tmp_path):
+    from las_nb.adapt import _OURS
+
+    register_las("hf-other", max_rate=0.2)
+    model = build()
+    model.set_attn_implementation("hf-other")
+    model.save_pretrained(tmp_path)
+    register_las("hf-other", max_rate=0.1)
+    with pytest.warns(UserWarning, match="register_las with the same"):
+        again(tmp_path)(noise())
+    tf.AttentionInterface._global_mapping.pop("hf-other")
+    _OURS.pop("hf-other")
+    with pytest.raises(ValueError, match="hf-other"):
+        again(tmp_path)
