@@ -305,6 +305,11 @@ def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
     return asked or own is True and getattr(config, "is_causal", True) is not False
 
 
+def _is_set(wish: Any) -> bool:
+    "A tensor, or what is neither None, 0 nor False."
+    return isinstance(wish, torch.Tensor) or bool(wish)
+
+
 def _refuse_more(
     module: torch.nn.Module,  # the layer that calls
     mask: torch.Tensor | None,  # see _padding_mask
@@ -312,8 +317,8 @@ def _refuse_more(
 ) -> None:
     "Raise `ValueError` for what LaS does not do."
     name = type(module).__name__
-    wishes = {k: w for k, w in wishes.items() if w is not None and k not in _TOLD}
-    asked = [k for k, w in wishes.items() if isinstance(w, torch.Tensor) or w]
+    more = {k: w for k, w in wishes.items() if k not in _TOLD}
+    asked = [k for k, w in more.items() if _is_set(w)]
     if asked:
         raise ValueError(
             f"{name} asks for {', '.join(asked)}, which LaS does not do; set it to 0 "
