@@ -305,6 +305,7 @@ def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
     return asked or own is True and getattr(config, "is_causal", True) is not False
 
 
+# %% ../nbs/21_adapt.ipynb #5a1f0c15
 def _is_set(wish: Any) -> bool:
     "A tensor, or what is neither None, 0 nor False."
     return isinstance(wish, torch.Tensor) or bool(wish)
