@@ -338,7 +338,7 @@ def _refuse_more(
         )
 
 
-# %% ../nbs/21_adapt.ipynb #3e5d3741
+# %% ../nbs/21_adapt.ipynb #5a1f0c16
 # what was registered, and how
 _OURS: dict[str, dict[str, Any]] = {}
 
@@ -389,6 +389,50 @@ def _warn_if_other(module: torch.nn.Module, name: str) -> None:
         )
 
 
+# %% ../nbs/21_adapt.ipynb #5a1f0c17
+def _attention_of(
+    name: str,
+    rates: Callable[[int], tuple[float, ...]],  # of so many heads
+    window: Window,
+    pool: str,
+    limits: tuple,  # method, tol, score_bound and chunk
+) -> Callable:
+    "The function that the layers of a model call, as transformers has it."
+
+    def las(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        _warn_if_other(module, name)
+        mask, packed = attention_mask, None
+        _refuse_more(module, mask, kwargs | dict(dropout=dropout))
+        if mask is not None and mask.ndim == 0:
+            mask, packed = None, ~mask
+        # a fixed-size cache has empty places
+        if mask is not None:
+            key, value = (t[:, :, : mask.shape[1]] for t in (key, value))
+            mask = mask.bool()
+        # LaS divides by sqrt(D) itself
+        if scaling is not None:
+            query = query * (scaling * query.shape[-1] ** 0.5)
+        how = window, pool, _is_causal(module, is_causal), *limits
+        r = rates(query.shape[1])
+        o = masked_las_attention(query, key, value, r, mask, *how)
+        if packed is not None:
+            o = o.masked_fill(packed, torch.nan)
+        return o.transpose(1, 2).contiguous(), None  # (B, n, H, D)
+
+    return las
+
+
+# %% ../nbs/21_adapt.ipynb #3e5d3741
 def register_las(
     name: str = "las",  # what set_attn_implementation will call it
     # decay rate of the fastest head, per step (half-life 6.9); 0 = no locality
@@ -428,36 +472,7 @@ def register_las(
     check_limits(tol, bounds, chunk, len(bounds) if isinstance(bounds, tuple) else 1)
     limits = method, tol, bounds, chunk
 
-    def las(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        _warn_if_other(module, name)
-        mask, packed = attention_mask, None
-        _refuse_more(module, mask, kwargs | dict(dropout=dropout))
-        if mask is not None and mask.ndim == 0:
-            mask, packed = None, ~mask
-        # a fixed-size cache has empty places
-        if mask is not None:
-            key, value = (t[:, :, : mask.shape[1]] for t in (key, value))
-            mask = mask.bool()
-        # LaS divides by sqrt(D) itself
-        if scaling is not None:
-            query = query * (scaling * query.shape[-1] ** 0.5)
-        how = window, pool, _is_causal(module, is_causal), *limits
-        r = rates(query.shape[1])
-        o = masked_las_attention(query, key, value, r, mask, *how)
-        if packed is not None:
-            o = o.masked_fill(packed, torch.nan)
-        return o.transpose(1, 2).contiguous(), None  # (B, n, H, D)
-
+    las = _attention_of(name, rates, window, pool, limits)
     _OURS[name] = dict(max_rate=max_rate, window=frozen(window), pool=pool)
     _OURS[name] |= dict(spacing=spacing, method=method, tol=tol, chunk=chunk)
     _OURS[name] |= dict(score_bound=bounds)
