@@ -6,15 +6,17 @@
 __all__ = ["slide", "share_heads", "las_step", "masked_las_attention", "register_las"]
 
 # %% ../nbs/21_adapt.ipynb #3d9df12c
-import functools
-import torch
-from typing import Any
+import functools, inspect, re, warnings
+import torch, torch.nn.functional as F
+from typing import Any, Callable
 from ._util import check_choice
-from .attention import attention_scores, check_qkv, masked_softmax
-from .fast import las_attention
+from .attention import attention_scores, check_qkv, masked_softmax, one_dtype
+from .fast import METHODS, las_attention
+from .fast.api import check_limits
 from .las import POOLS
 from .locality import decay_rates
-from .smoothing import Window, smooth_scores, smooth_weights, window_sides
+from .mixers.las import frozen
+from .smoothing import Window, smooth_scores, smooth_weights, window_weights
 
 
 # %% ../nbs/21_adapt.ipynb #05ab6f06
@@ -49,6 +51,25 @@ def share_heads(
 
 
 # %% ../nbs/21_adapt.ipynb #c520e1a8
+def _smooth_blocks(
+    smooth: Callable,  # smooth_scores or smooth_weights
+    x: torch.Tensor,  # `(B, H, n, L)`; keys on the last axis
+    window: Window,  # W, or its weights, newest key first
+    lengths: torch.Tensor,  # true lengths `(B,)`
+    chunk: int | None,  # block length of LaS-chunk; None = one block
+) -> torch.Tensor:  # `(B, H, n, L)`
+    "Causal smoothing over the keys that starts anew in every block."
+    L = x.shape[-1]
+    if chunk is None or chunk >= L:
+        return smooth(x, window, True, lengths)
+    # (B, H, n, L) -> (B, m, H, n, chunk) -> (B * m, H, n, chunk)
+    blocks = F.pad(x, (0, -L % chunk)).unflatten(-1, (-1, chunk)).movedim(3, 1)
+    begin = torch.arange(0, L, chunk, device=x.device)  # (m,)
+    inside = (lengths[:, None] - begin).clamp(1, chunk).flatten()  # (B * m,)
+    y = smooth(blocks.flatten(0, 1), window, True, inside)
+    return y.unflatten(0, (len(x), -1)).movedim(1, 3).flatten(3)[..., :L]
+
+
 def las_step(
     q: torch.Tensor,  # queries `(B, H, n, D)` of the last n positions
     k: torch.Tensor,  # keys `(B, H, L, D)`, L >= n
@@ -58,27 +79,45 @@ def las_step(
     pool: str = "scores",  # average "scores" or "weights"
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
+    # block length of LaS-chunk: attention stays inside blocks; None = one block
+    chunk: int | None = None,
 ) -> torch.Tensor:  # `(B, H, n, D)`
     """Causal LaS attention of the newest queries to all keys: the step of a decoder
-    with a cache, in time `n L`."""
+    with a cache, exact, in time `n L`."""
     check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     n, L = q.shape[-2], k.shape[-2]
+    q, k, v = one_dtype(q, k, v)
     if lengths is None:
         lengths = torch.full((len(q),), L, device=q.device)
-    # (B, n): where the queries stand
-    i = (lengths[:, None] - n + torch.arange(n, device=q.device)).clamp_min(0)
-    ahead = i[:, None, :, None] - torch.arange(L, device=q.device)  # (B, 1, n, L)
+    j = torch.arange(L, device=q.device)
+    # (B, 1, n, 1): where the queries stand
+    i = (lengths[:, None] - n + j[:n]).clamp_min(0)[:, None, :, None]
+    seen = j <= i  # (B, 1, n, L)
+    if chunk is not None:
+        seen = seen & (i // chunk == j // chunk)
+    smooth = functools.partial(_smooth_blocks, lengths=lengths, chunk=chunk)
     with torch.autocast(q.device.type, enabled=False):
         s = attention_scores(q, k)  # (B, H, n, L)
-        e = s * torch.exp(-rates.to(s)[:, None, None] * ahead.abs())
+        e = s * torch.exp(-rates.to(s)[:, None, None] * (i - j).abs())
         if pool == "scores":
-            w = masked_softmax(smooth_scores(e, window, True, lengths), ahead >= 0)
+            w = masked_softmax(smooth(smooth_scores, e, window), seen)
         else:
-            w = smooth_weights(masked_softmax(e, ahead >= 0), window, True, lengths)
+            w = smooth(smooth_weights, masked_softmax(e, seen), window)
         return (w @ v.to(w.dtype)).to(v.dtype)  # (B, H, n, L) @ (B, H, L, D)
 
 
 # %% ../nbs/21_adapt.ipynb #bb470ca6
+def _check_whole(
+    mask: torch.Tensor,  # boolean `(B, L)`: True = real token
+) -> None:
+    "Raise `ValueError` for a mask with padding between real tokens."
+    begins = mask[:, 1:] & ~mask[:, :-1]  # (B, L - 1)
+    if bool(begins.sum(-1).add(mask[:, 0]).gt(1).any()):
+        raise ValueError(
+            "mask has padding between real tokens; LaS needs each sequence in one piece"
+        )
+
+
 def _real_span(
     mask: torch.Tensor,  # boolean `(B, L)`: True = real token
     B: int,  # number of sequences
@@ -94,12 +133,7 @@ def _real_span(
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        begins = mask[:, 1:] & ~mask[:, :-1]  # (B, L - 1)
-        if bool(begins.sum(-1).add(mask[:, 0]).gt(1).any()):
-            raise ValueError(
-                "mask has padding between real tokens; LaS needs each sequence in one "
-                "piece"
-            )
+        _check_whole(mask)
     return mask.int().argmax(-1), mask.sum(-1).clamp_min(1)
 
 
@@ -115,41 +149,290 @@ def masked_las_attention(
     window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     causal: bool = True,  # attend to the past only?
-    **options: Any,  # further arguments of las_attention
+    # these four as in las_attention; where n < L the result is exact, whatever the
+    # first three
+    method: str = "auto",
+    tol: float | None = None,
+    score_bound: float | tuple[float, ...] | None = None,
+    chunk: int | None = None,
+    # how many places of a cache are filled, `()`; the queries stand in the last of
+    # them. None = all
+    filled: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(B, H, n, D)`; meaningless at padded positions
     """LaS attention as decoders call it: grouped heads, a key-padding mask, and queries
     of the newest tokens alone.
 
-    Raises `ValueError` for shapes that do not fit, a mask with holes (on the CPU, where
-    it is read), or fewer queries than keys when not causal."""
+    Raises `ValueError` for shapes or options that do not fit, a mask with holes (on the
+    CPU, where it is read), or fewer queries than keys when not causal."""
     check_choice("pool", pool, POOLS)
+    check_choice("method", method, METHODS)
+    check_limits(tol, score_bound, chunk, q.shape[1])
     n, L = q.shape[-2], k.shape[-2]
+    q, k, v = one_dtype(q, k, v)
     k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
     if n > L or n < L and not causal:
         raise ValueError(
             "fewer queries than keys need causal=True, more are never allowed; got "
             f"{n} queries, {L} keys, causal={causal}"
         )
-    lengths = start = None
+    lengths, start = None, torch.zeros(len(q), dtype=torch.long, device=q.device)
     if mask is not None:
         start, lengths = _real_span(mask, len(q), L)
+        k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))
         k, v = slide(k, start), slide(v, start)
     if n < L:
         check_qkv(k, k, v)
         rates = torch.as_tensor(rates, dtype=torch.float64, device=q.device)
-        lengths = None if start is None else L - start
-        return las_step(q, k, v, rates, window, pool, lengths)
-    if start is not None:
+        end = (L if filled is None else filled) - start  # (B,)
+        return las_step(q, k, v, rates, window, pool, end, chunk)
+    if mask is not None:
         q = slide(q, start)
-    o = las_attention(q, k, v, rates, window, pool, causal, lengths, **options)
-    return o if start is None else slide(o, -start)
+    limits = method, tol, score_bound, chunk
+    o = las_attention(q, k, v, rates, window, pool, causal, lengths, *limits)
+    return o if mask is None else slide(o, -start)
+
+
+# %% ../nbs/21_adapt.ipynb #5a1f0c11
+@torch.compiler.disable
+def _real_tokens(
+    mask: torch.Tensor | None,  # `(B, number of tokens)`: is it real?
+    batch_size: int,  # B
+    end: int | torch.Tensor,  # number of tokens so far
+    kv_length: int,  # number of places for their keys
+    device: torch.device | str,  # of the queries
+) -> torch.Tensor | None:  # boolean `(B, end)`; `None` = all are real, no place empty
+    "Which keys are real, read and checked once for all layers."
+    end = int(end)
+    if mask is None:
+        mask = torch.ones(batch_size, end, dtype=torch.bool, device=device)
+    if mask.ndim != 2 or mask.shape[1] < end:
+        raise ValueError(
+            f"attention_mask must have shape (B, {end}), one entry for every token so "
+            f"far; got {tuple(mask.shape)}"
+        )
+    mask = mask[:, :end].bool()
+    _check_whole(mask)
+    return None if end == kv_length and bool(mask.all()) else mask
+
+
+# %% ../nbs/21_adapt.ipynb #5a1f0c12
+@functools.cache
+def _has_table(config: type) -> bool:
+    "Do models of this configuration look their attention up in the table?"
+    from transformers import MODEL_MAPPING
+
+    model = MODEL_MAPPING.get(config, None)
+    ways = ("sdpa", "flash_attn", "flex_attn", "attention_backend")
+    return model is None or any(getattr(model, f"_supports_{w}", False) for w in ways)
+
+
+def _padding_mask(
+    batch_size: int,  # B
+    q_length: int,  # n, number of queries
+    kv_length: int,  # L, number of places for keys
+    # how many tokens came before; a tensor where the cache has a fixed size
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,  # how many keys the cache has dropped
+    mask_function: Callable | None = None,  # may a query see a key?
+    attention_mask: torch.Tensor | None = None,  # see _real_tokens
+    # is `mask_function` what the model's layers take for granted?
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """What LaS takes of a mask of transformers: which keys are real, `(B, L)`; `None`
+    where all are. Others are passed on, `(B, 1, n, L)`.
+
+    A compiled call cannot see whether it is packed, and gets `()`: is it not?"""
+    from transformers import masking_utils as known
+
+    if not _has_table(type(kwargs.get("config"))):
+        raise ValueError(
+            f"models of {type(kwargs['config']).__name__} attend in their own way; use "
+            "another attention"
+        )
+    causal = mask_function is known.causal_mask_function
+    plain = causal and (allow_is_causal_skip or q_length == 1)
+    if mask_function is known.bidirectional_mask_function:
+        plain = allow_is_bidirectional_skip
+    compiling = torch.compiler.is_compiling()
+    if kv_offset or not plain:
+        sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+        options = kwargs | dict(device=device, allow_is_causal_skip=False)
+        asked = known.sdpa_mask(*sizes, mask_function, attention_mask, **options)
+        special = kwargs.get("use_vmap") or kwargs.get("local_size") is not None
+        if special or not compiling or attention_mask is not None:
+            return asked
+        return (asked == known.sdpa_mask(*sizes, **options)).all()
+    end = q_offset + q_length if causal else kv_length
+    # all that can be known without reading values
+    if compiling and not isinstance(end, torch.Tensor) and end == kv_length:
+        return attention_mask
+    return _real_tokens(attention_mask, batch_size, end, kv_length, device)
+
+
+# %% ../nbs/21_adapt.ipynb #5a1f0c14
+# what is told to every layer and changes nothing in it
+_TOLD = ("position_ids", "cache_position", "use_cache", "num_items_in_batch")
+_TOLD += ("output_hidden_states", "output_router_logits", "return_dict")
+# what layers call a second sequence
+_SECOND = {"key_value_states", "encoder_hidden_states", "cross_attention_states"}
+_SECOND |= {"key", "keys", "context"}
+
+
+@functools.cache
+def _takes_two(layer: type) -> bool:
+    "Can layers of this class attend from one sequence to another?"
+    return bool(_SECOND & set(inspect.signature(layer.forward).parameters))
+
+
+def _crosses(module: torch.nn.Module) -> bool:
+    "Does this layer attend to another sequence than its own?"
+    if getattr(module, "is_cross_attention", "Cross" in type(module).__name__):
+        return True
+    own = getattr(module, "is_causal", False) or not getattr(module, "is_decoder", True)
+    return _takes_two(type(module)) and not own
+
+
+def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
+    "May this layer see the past only?"
+    own = getattr(module, "is_causal", None)
+    if asked is None:
+        return own is not False
+    # some causal layers say False where they are given a mask
+    config = getattr(module, "config", None)
+    return asked or own is True and getattr(config, "is_causal", True) is not False
+
+
+# %% ../nbs/21_adapt.ipynb #5a1f0c15
+def _is_set(wish: Any) -> bool:
+    "A tensor, or what is neither None, 0 nor False."
+    return isinstance(wish, torch.Tensor) or bool(wish)
+
+
+def _refuse_more(
+    module: torch.nn.Module,  # the layer that calls
+    mask: torch.Tensor | None,  # see _padding_mask
+    wishes: dict[str, Any],  # its further keywords
+) -> None:
+    "Raise `ValueError` for what LaS does not do."
+    name = type(module).__name__
+    more = {k: w for k, w in wishes.items() if k not in _TOLD}
+    asked = [k for k, w in more.items() if _is_set(w)]
+    if asked:
+        raise ValueError(
+            f"{name} asks for {', '.join(asked)}, which LaS does not do; set it to 0 "
+            "or None in the model's config, or use another attention"
+        )
+    if mask is not None and mask.ndim not in (0, 2):
+        raise ValueError(
+            f"{name} has a mask {tuple(mask.shape)}; LaS does causality and padding, "
+            "not packed documents (position_ids that start anew), chunks, windows, "
+            "prefixes or masks of your own"
+        )
+    if _crosses(module):
+        raise ValueError(
+            f"{name} attends to another sequence (cross-attention); LaS needs "
+            "distances within one"
+        )
+
+
+# %% ../nbs/21_adapt.ipynb #5a1f0c16
+# what was registered, and how
+_OURS: dict[str, dict[str, Any]] = {}
+
+
+def _by_part(config: Any) -> str | dict[str, Any] | None:
+    "Which LaS a configuration uses, and each of its parts; `None` = none."
+    own = config._attn_implementation
+    own = own if own in _OURS else None
+    parts = {p: getattr(config, p, None) for p in config.sub_configs}
+    found = {p: _by_part(c) for p, c in parts.items() if c is not None}
+    found = {p: name for p, name in found.items() if name}
+    if not parts:
+        return own
+    return ({"": own} if own else {}) | found or None
+
+
+def _keep_in_config() -> None:
+    """Let configurations of transformers write down that their model uses LaS, and how:
+    they forget their attention otherwise."""
+    from transformers import PreTrainedConfig
+
+    forgetful = PreTrainedConfig.to_dict
+    if hasattr(forgetful, "__wrapped__"):
+        return
+
+    @functools.wraps(forgetful)
+    def to_dict(self) -> dict[str, Any]:
+        written, used = forgetful(self), _by_part(self)
+        written.pop("las", None)
+        if used:
+            written["attn_implementation"] = used
+        if self._attn_implementation in _OURS:
+            written["las"] = dict(_OURS[self._attn_implementation])
+        return written
+
+    PreTrainedConfig.to_dict = to_dict
+
+
+def _warn_if_other(module: torch.nn.Module, name: str) -> None:
+    "Warn where a model was saved with other settings than those of `name`."
+    config = getattr(module, "config", None)
+    saved = frozen(list((getattr(config, "las", None) or {}).items()))
+    if saved and dict(saved) != _OURS[name]:
+        warnings.warn(
+            f"the model was saved with LaS of {dict(saved)}, and {name!r} is "
+            f"{_OURS[name]}: register_las with the same",
+            stacklevel=2,
+        )
+
+
+# %% ../nbs/21_adapt.ipynb #5a1f0c17
+def _attention_of(
+    name: str,
+    rates: Callable[[int], tuple[float, ...]],  # of so many heads
+    window: Window,
+    pool: str,
+    limits: tuple,  # method, tol, score_bound and chunk
+) -> Callable:
+    "The function that the layers of a model call, as transformers has it."
+
+    def las(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        _warn_if_other(module, name)
+        mask, packed = attention_mask, None
+        _refuse_more(module, mask, kwargs | dict(dropout=dropout))
+        if mask is not None and mask.ndim == 0:
+            mask, packed = None, ~mask
+        # a fixed-size cache has empty places
+        if mask is not None:
+            key, value = (t[:, :, : mask.shape[1]] for t in (key, value))
+            mask = mask.bool()
+        # LaS divides by sqrt(D) itself
+        if scaling is not None:
+            query = query * (scaling * query.shape[-1] ** 0.5)
+        how = window, pool, _is_causal(module, is_causal), *limits
+        r = rates(query.shape[1])
+        o = masked_las_attention(query, key, value, r, mask, *how)
+        if packed is not None:
+            o = o.masked_fill(packed, torch.nan)
+        return o.transpose(1, 2).contiguous(), None  # (B, n, H, D)
+
+    return las
 
 
 # %% ../nbs/21_adapt.ipynb #3e5d3741
-# what some models ask of their attention and LaS does not do
-_REFUSED = ("sliding_window", "softcap", "s_aux", "cu_seq_lens_q")
-
-
 def register_las(
     name: str = "las",  # what set_attn_implementation will call it
     # decay rate of the fastest head, per step (half-life 6.9); 0 = no locality
@@ -157,46 +440,42 @@ def register_las(
     window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     spacing: str = "geometric",  # how rates spread over heads; see decay_rates
-    **options: Any,  # further arguments of las_attention
+    # these four as in las_attention
+    method: str = "auto",
+    tol: float | None = None,
+    score_bound: float | tuple[float, ...] | None = None,
+    chunk: int | None = None,
 ) -> None:
     """Add LaS attention to the table of Hugging Face transformers, under `name`.
 
-    Needs `transformers` (4.53 or newer). Models raise `ValueError` when they ask for
-    attention dropout, sliding windows, soft caps, sinks or packed rows. Source of the
-    interface: the transformers documentation, "Attention Interface"."""
+    Needs `transformers` 5. Models raise `ValueError` where they ask for more than
+    causal or bidirectional attention with padding: dropout, windows, chunks, biases,
+    soft caps, sinks, packed rows, cross-attention. Source of the interface: the
+    transformers documentation, "Attention Interface"."""
     # when asked for: the library runs without
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
+    theirs = {"eager", *AttentionInterface().valid_keys()} - _OURS.keys()
+    if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in theirs:
+        raise ValueError(
+            "name must be a word of letters, digits, '-', '.' and '_' that is not an "
+            f"attention of transformers; got {name!r}"
+        )
     rates = functools.cache(
         lambda n_heads: tuple(decay_rates(n_heads, max_rate, spacing).tolist())
     )
     rates(1)
-    window_sides(window)
+    window_weights(window)
     check_choice("pool", pool, POOLS)
+    check_choice("method", method, METHODS)
+    bounds = frozen(score_bound)
+    check_limits(tol, bounds, chunk, len(bounds) if isinstance(bounds, tuple) else 1)
+    limits = method, tol, bounds, chunk
 
-    def las(module, q, k, v, mask, scaling=None, dropout=0.0, is_causal=None, **kwargs):
-        asked = [n for n in _REFUSED if kwargs.get(n) is not None] + ["dropout"] * (
-            dropout > 0
-        )
-        if asked:
-            raise ValueError(
-                f"{type(module).__name__} asks for {asked[0]}, which LaS does not do; "
-                "set it to 0 or None in the model's config"
-            )
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        # LaS divides by sqrt(D) itself
-        if scaling is not None:
-            q = q * (scaling * q.shape[-1] ** 0.5)
-        # a fixed-size cache has empty places
-        if mask is not None:
-            k = k[:, :, : mask.shape[-1]]
-            v = v[:, :, : mask.shape[-1]]
-            mask = mask.bool()
-        o = masked_las_attention(
-            q, k, v, rates(q.shape[1]), mask, window, pool, causal, **options
-        )
-        return o.transpose(1, 2).contiguous(), None  # (B, n, H, D)
-
+    las = _attention_of(name, rates, window, pool, limits)
+    _OURS[name] = dict(max_rate=max_rate, window=frozen(window), pool=pool)
+    _OURS[name] |= dict(spacing=spacing, method=method, tol=tol, chunk=chunk)
+    _OURS[name] |= dict(score_bound=bounds)
     AttentionInterface.register(name, las)
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    AttentionMaskInterface.register(name, _padding_mask)
+    _keep_in_config()

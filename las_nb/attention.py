@@ -9,6 +9,7 @@ __all__ = [
     "masked_softmax",
     "entropy",
     "check_qkv",
+    "one_dtype",
     "attention",
     "split_heads",
     "merge_heads",
@@ -81,6 +82,21 @@ def check_qkv(
         )
 
 
+# %% ../nbs/01_attention.ipynb #0d7e0002
+def one_dtype(
+    *tensors: torch.Tensor,  # queries, keys and values
+) -> tuple[torch.Tensor, ...]:  # the same tensors, or casts of them
+    """Tensors of different dtypes in the dtype of autocast, where autocast is on; else,
+    and where they agree, as they are."""
+    device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
+    # autocast leaves float64 alone, in torch too
+    if len(dtypes) == 1 or torch.float64 in dtypes:
+        return tensors
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
 # %% ../nbs/01_attention.ipynb #53353864
 def attention(
     q: torch.Tensor,  # queries `(..., L, D)`
@@ -92,6 +108,7 @@ def attention(
 
     Raises `ValueError` for shapes or dtypes that do not belong together.
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1."""
+    q, k, v = one_dtype(q, k, v)
     check_qkv(q, k, v)
     mask = causal_mask(q.shape[-2], q.device) if causal else None
     w = masked_softmax(attention_scores(q, k), mask)  # (..., L, L)

@@ -79,7 +79,8 @@ def hyena_kernel(
     ).double()
     # e-folds over the whole length: 3.1 to 15.4
     slow, fast = -math.log(0.01) / 1.5, -math.log(0.01) / 0.3
-    window = torch.exp(-t * torch.linspace(slow, fast, n_kernels))  # (L, C)
+    decay = torch.linspace(slow, fast, n_kernels, dtype=torch.float64)
+    window = torch.exp(-t * decay)  # (L, C)
     return (mlp(z).detach() * window).T
 
 

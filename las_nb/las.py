@@ -8,7 +8,7 @@ __all__ = ["POOLS", "las_weights", "las_dense"]
 # %% ../nbs/05_las.ipynb #48918c54
 import torch
 from ._util import check_choice
-from .attention import causal_mask, check_qkv, masked_softmax
+from .attention import causal_mask, check_qkv, masked_softmax, one_dtype
 from .locality import check_rates, decayed_scores
 from .padding import key_mask
 from .smoothing import Window, smooth_scores, smooth_weights, window_weights
@@ -68,6 +68,7 @@ def las_dense(
         raise ValueError(
             f"q, k and v must have shape (B, H, L, D); got q {tuple(q.shape)}"
         )
+    q, k, v = one_dtype(q, k, v)
     check_qkv(q, k, v)
     check_rates(rates, q.shape[1])
     window_weights(window, q.shape[1])

@@ -33,7 +33,7 @@ def decay_rates(
     max_rate: float,  # rate of the fastest head, per step; 0 = no decay anywhere
     # "geometric" or "uniform" up to `max_rate`, or "equal": `max_rate` for all heads
     spacing: str = "geometric",
-) -> torch.Tensor:  # `(H,)`, rising from 0 unless equal
+) -> torch.Tensor:  # `(H,)`, rising from 0 unless equal; float32 at least
     """The decay rate `alpha` of every head; a single head gets rate 0, unless spacing
     is "equal".
 
@@ -52,14 +52,16 @@ def decay_rates(
             -torch.linspace(0, -math.expm1(-max_rate), n_heads, dtype=torch.float64)
         )
     elif spacing == "equal":
-        return torch.full((n_heads,), float(max_rate))
+        rates = torch.full((n_heads,), max_rate, dtype=torch.float64)
     else:
         raise ValueError(
             f"spacing must be 'geometric', 'uniform' or 'equal'; got {spacing!r}"
         )
-    rates[-1] = max_rate
-    rates[0] = 0  # exact at both ends
-    return rates.to(torch.get_default_dtype())
+    if spacing != "equal":  # exact at both ends
+        rates[-1] = max_rate
+        rates[0] = 0
+    # rates rounded to half precision are other rates
+    return rates.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
 
 
 # %% ../nbs/03_locality.ipynb #a0adc736

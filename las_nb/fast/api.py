@@ -10,7 +10,7 @@ import math
 import torch, torch.nn.functional as F
 from typing import Sequence
 from .._util import check_choice
-from ..attention import check_qkv
+from ..attention import check_qkv, one_dtype
 from .bands import decayed_sdpa, one_sided, two_sided
 from .flex import flex_attend
 from .plan import Group, METHODS, TOL, is_small, plan_call
@@ -292,6 +292,7 @@ def las_attention(
     Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
     B, L, speeds = q.shape[0], q.shape[2], None
+    q, k, v = one_dtype(q, k, v)
     # rates as numbers: a plan needs them, a GPU must not be asked
     if not isinstance(rates, torch.Tensor):
         speeds = tuple(rates)

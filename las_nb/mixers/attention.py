@@ -79,7 +79,7 @@ class ALiBi(Attention):
     """Attention with linear biases (Press et al. 2022): scores lose `slope * distance`;
     O(L²) time and memory."""
 
-    slopes: torch.Tensor
+    slopes: list[float]
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class ALiBi(Attention):
         causal: bool = True,  # see the past only?
     ):
         super().__init__(dim, n_heads, causal)
-        slopes = 2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads)
-        self.register_buffer("slopes", slopes, persistent=False)
+        # numbers: no cast rounds them
+        self.slopes = [2.0 ** (-8 * (h + 1) / n_heads) for h in range(n_heads)]
 
     def mix(
         self,
@@ -101,7 +101,9 @@ class ALiBi(Attention):
         "Attention with a slope per head: `(B, H, L, D)`."
         i = torch.arange(q.shape[-2], device=q.device)
         distance = (i[:, None] - i).abs()  # (L, L)
-        bias = -self.slopes.to(q.device)[:, None, None] * distance  # (H, L, L)
+        wide = dict(dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        slopes = torch.tensor(self.slopes, **wide)
+        bias = -slopes[:, None, None] * distance  # (H, L, L)
         if self.causal:
             bias = bias.masked_fill(i > i[:, None], -torch.inf)
         elif lengths is not None:

@@ -162,14 +162,17 @@ class ImplicitFilter(nn.Module):
         self.speed = nn.Parameter(torch.ones(width))
         for p in self.parameters():
             slow(p)
-        t = torch.linspace(0, 1, max_len)[:, None]
-        w = 2e-4 * math.pi * torch.arange(max_len)[:, None] / max_len
+        # exact, then rounded once, whatever the default dtype
+        wide = dict(dtype=torch.float64)
+        t = torch.linspace(0, 1, max_len, **wide)[:, None]
+        w = 2e-4 * math.pi * torch.arange(max_len, **wide)[:, None] / max_len
         # e-folds over the whole length
-        rates = -math.log(0.01) * torch.linspace(1 / 1.5, 1 / 0.3, dim)
+        rates = -math.log(0.01) * torch.linspace(1 / 1.5, 1 / 0.3, dim, **wide)
         positions = torch.cat([t, w.cos(), -w.sin()], -1)  # (max_len, 3)
         window = torch.exp(-t * rates).T  # (dim, max_len)
-        self.register_buffer("positions", positions, persistent=False)
-        self.register_buffer("window", window, persistent=False)
+        for name, table in dict(positions=positions, window=window).items():
+            table = table.to(torch.get_default_dtype())
+            self.register_buffer(name, table, persistent=False)
 
     def forward(self, L: int) -> torch.Tensor:
         "A kernel of length `L` for every channel: `(dim, L)`."

@@ -1,0 +1,359 @@
+"""What Hugging Face models hand to their attention: caches of every kind, options, masks
+and wishes, dtypes of mixed precision. LaS does it or says no."""
+
+import pytest, torch, torch.nn.functional as F
+from las_nb import las_attention
+from las_nb.adapt import masked_las_attention, register_las
+from las_nb.las import POOLS, las_dense
+from las_nb.locality import decay_rates
+
+tf = pytest.importorskip("transformers")
+VOCAB, L = 61, 14
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+NAMES = ("hf-off", "hf-scores", "hf-weights", "hf-chunk")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def attentions():
+    register_las("hf-off", max_rate=0, window=1)
+    register_las("hf-scores", max_rate=0.3)
+    register_las("hf-weights", max_rate=0.3, window=4, pool="weights")
+    register_las("hf-chunk", max_rate=0.3, chunk=4)
+
+
+def build(kind="Llama", model="ForCausalLM", **sizes):
+    torch.manual_seed(0)
+    config = getattr(tf, f"{kind}Config")(**(SIZES | sizes))
+    return getattr(tf, f"{kind}{model}")(config).eval()
+
+
+def noise():
+    return torch.randint(2, VOCAB, (2, L), generator=torch.Generator().manual_seed(0))
+
+
+def padding(side):
+    "No mask, one of ones, or one with padding."
+    if side is None:
+        return None
+    real = torch.ones(2, L, dtype=torch.long)
+    if side == "left":
+        real[0, :6] = 0
+    if side == "right":
+        real[0, -3:] = 0
+    return real
+
+
+def caches(model):
+    return dict(
+        dynamic=tf.DynamicCache(config=model.config),
+        static=tf.StaticCache(config=model.config, max_cache_len=32),
+        full=tf.StaticCache(config=model.config, max_cache_len=L),
+    )
+
+
+@torch.no_grad()
+def in_pieces(model, cache, mask, pieces):
+    tokens, end, logits = noise(), 0, []
+    for n in pieces:
+        end += n
+        seen = {} if mask is None else dict(attention_mask=mask[:, :end])
+        piece = tokens[:, end - n : end]
+        logits.append(model(piece, cache=cache, use_cache=True, **seen).logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", [None, "none", "left", "right"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "full"])
+def test_a_cache_changes_nothing(name, side, cache):
+    """Prefill, prefill in chunks (the first all padding for one row), one by one."""
+    model, mask = build(), padding(side)
+    model.set_attn_implementation(name)
+    real = torch.ones(2, L) if mask is None else mask
+    with torch.no_grad():
+        want = model(noise(), attention_mask=mask, use_cache=False).logits
+    for pieces in ((L,), (5, 4, 5), (9, 1, 1, 1, 1, 1)):
+        got = in_pieces(model, caches(model)[cache], mask, pieces)
+        torch.testing.assert_close(got[real == 1], want[real == 1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(cache_implementation="static"),
+        dict(prefill_chunk_size=4),
+        dict(num_beams=3),
+    ],
+    ids=str,
+)
+def test_generation_says_the_same(name, side, how):
+    model = build()
+    model.set_attn_implementation(name)
+    write = dict(max_new_tokens=6, do_sample=False, attention_mask=padding(side))
+    beams = {k: n for k, n in how.items() if k == "num_beams"}
+    want = model.generate(noise(), use_cache=False, **write, **beams)
+    assert torch.equal(model.generate(noise(), **write, **how), want)
+
+
+def test_compiled_calls():
+    "Fixed-size caches, padding, and packed rows, which only a value gives away."
+    model = build()
+    model.set_attn_implementation("hf-scores")
+    fast, tokens = torch.compile(model, backend="eager"), noise()
+    with torch.no_grad():
+        for mask in (None, padding("left")):
+            seen = dict(attention_mask=mask)
+            want = model(tokens, use_cache=False, **seen).logits
+            got = fast(tokens, use_cache=False, **seen).logits
+            torch.testing.assert_close(got[1], want[1])
+        cache = caches(model)["static"]
+        for end, n in ((9, 9), (10, 1), (14, 4)):
+            piece = tokens[:, end - n : end]
+            got = fast(piece, cache=cache, use_cache=True).logits
+            want = model(tokens[:, :end], use_cache=False).logits[:, -n:]
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="eager")
+        got = fast(tokens, use_cache=False).logits
+        torch.testing.assert_close(got, model(tokens, use_cache=False).logits)
+        packed = torch.arange(L).remainder(7)[None].expand(2, L)
+        assert fast(tokens, position_ids=packed, use_cache=False).logits.isnan().all()
+
+
+# --- options
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("chunk", [None, 1, 4, 8, 20])
+@pytest.mark.parametrize("left", [0, 3])
+def test_options_hold_in_cached_steps(pool, chunk, left):
+    "Against LaS-chunk as its definition has it: every block alone."
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 11, 6, generator=g, dtype=torch.float64)
+    rates, mask = decay_rates(4, 0.4), torch.ones(2, 11, dtype=torch.bool)
+    mask[0, :left] = False
+    for n in (1, 2, 5, 11):
+        q_n, how = q[:, :, -n:], dict(mask=mask, pool=pool, chunk=chunk)
+        got = masked_las_attention(q_n, k, v, rates, **how)
+        for b in range(2):
+            a = [t[b : b + 1, :, mask[b]] for t in (q, k, v)]
+            blocks = zip(*(t.split(chunk or 11, 2) for t in a))
+            want = torch.cat([las_dense(*t, rates, 3, pool) for t in blocks], 2)
+            seen = min(n, want.shape[2])
+            torch.testing.assert_close(got[b, :, -seen:], want[0, :, -seen:])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(chunk=0),
+        dict(method="fast"),
+        dict(tol=2),
+        dict(score_bound=-1.0),
+        dict(pool="weight"),
+        dict(window=0),
+        dict(spacing="odd"),
+        dict(name="sdpa"),
+        dict(name="eager"),
+        dict(name="a/b"),
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused_at_registration(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        register_las(**wrong)
+
+
+def test_unknown_options_are_refused():
+    q = torch.randn(1, 2, 5, 4)
+    for n in (1, 5):
+        with pytest.raises(TypeError, match="blocks"):
+            masked_las_attention(q[:, :, -n:], q, q, (0.0, 0.1), blocks=3)
+        with pytest.raises(ValueError, match="score_bound"):
+            masked_las_attention(q[:, :, -n:], q, q, (0.0, 0.1), score_bound=(1.0,))
+    with pytest.raises(TypeError, match="lengths"):
+        register_las(lengths=3)
+
+
+# --- what a model asks for
+
+
+def refused(model, match, **inputs):
+    model.set_attn_implementation("hf-off")
+    with pytest.raises(ValueError, match=match) as e, torch.no_grad():
+        model(**inputs)
+    assert "\n" not in str(e.value)
+
+
+def test_wishes_are_refused_by_name():
+    t5 = dict(d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
+    t5 = build("T5", "EncoderModel", **t5)
+    refused(t5, "T5Attention asks for position_bias", input_ids=noise())
+    small = dict(head_dim=8, num_hidden_layers=1)
+    refused(build("Gemma2", **small), "softcap", input_ids=noise())
+    llama, packed = build(), torch.arange(L).remainder(7)[None].expand(2, L)
+    whole = dict(input_ids=noise(), use_cache=False)
+    refused(llama, "packed documents", position_ids=packed, **whole)
+    own = torch.ones(L, L).tril().bool().expand(2, 1, L, L)
+    refused(llama, "masks of your own", attention_mask=own, **whole)
+    refused(llama, "asks for s_aux", s_aux=torch.zeros(8), **whole)
+    holes = torch.ones(2, L).long()
+    holes[1, 3] = 0
+    refused(llama, "between real tokens", attention_mask=holes, **whole)
+    refused(llama, "attention_mask", attention_mask=holes[:, 4:], **whole)
+    refused(build("Mistral", sliding_window=4), "sliding_window", **whole)
+    four = dict(head_dim=8, num_local_experts=2, intermediate_size_mlp=96)
+    four |= dict(attention_chunk_size=4, layer_types=["chunked_attention"] * 2)
+    torch.manual_seed(0)
+    model = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**(SIZES | four))).eval()
+    refused(model, "chunks", input_ids=noise())
+
+
+@pytest.mark.parametrize("n", [9, L])
+def test_cross_attention_is_refused(n):
+    sizes = dict(d_model=64, encoder_layers=1, decoder_layers=1, vocab_size=VOCAB)
+    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4)
+    bart = build("Bart", "Model", **sizes, **heads)
+    own = dict(input_ids=noise(), decoder_input_ids=noise()[:, :n])
+    refused(bart, "BartAttention attends to another sequence", **own)
+    bert = build("Bert", "LMHeadModel", is_decoder=True, add_cross_attention=True)
+    second = dict(encoder_hidden_states=torch.randn(2, L, 64))
+    refused(bert, "BertCrossAttention", input_ids=noise(), **second)
+
+
+def test_attention_outside_the_table_is_refused():
+    """GIT takes its mask from the table and not its attention: it would see the
+    future."""
+    vision = dict(hidden_size=32, intermediate_size=48, image_size=28)
+    vision |= dict(num_hidden_layers=1, num_attention_heads=2, patch_size=14)
+    git = build("Git", vision_config=vision)
+    refused(git, "GitConfig attend in their own way", input_ids=noise())
+
+
+def test_a_causal_model_may_be_told_to_look_ahead():
+    model = build(tie_word_embeddings=False)
+    for seen in ({}, dict(attention_mask=padding("left"))):
+        how = dict(use_cache=False, is_causal=False, **seen)
+        with torch.no_grad():
+            model.set_attn_implementation("sdpa")
+            want = model(noise(), **how).logits[1]
+            model.set_attn_implementation("hf-off")
+            torch.testing.assert_close(model(noise(), **how).logits[1], want)
+
+
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("Afmoe", dict(layer_types=["full_attention"] * 2, head_dim=8)),
+        ("Doge", {}),
+        ("OPT", dict(ffn_dim=96, word_embed_proj_dim=64)),
+        ("Phi", {}),
+    ],
+)
+def test_models_that_name_their_mask(kind, sizes):
+    "Positional or by keyword: the model's own logits, or a refusal."
+    model = build(kind, **sizes)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        want = model(noise()).logits
+        model.set_attn_implementation("hf-off")
+        try:
+            torch.testing.assert_close(model(noise()).logits, want)
+        except ValueError as e:
+            assert kind == "Doge" and "mask" in str(e)
+
+
+# --- mixed precision
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPTNeoX", "Phi", "Gemma"])
+def test_trainer_in_bfloat16(kind, tmp_path):
+    pytest.importorskip("accelerate")
+    sizes = dict(head_dim=8) if kind == "Gemma" else {}
+    model = build(kind, attention_dropout=0.0, **sizes)
+    model.set_attn_implementation("hf-scores")
+    rows = [dict(input_ids=t, labels=t) for t in noise().repeat(4, 1)]
+    how = dict(max_steps=8, per_device_train_batch_size=4, learning_rate=3e-3)
+    quiet = dict(report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True)
+    args = tf.TrainingArguments(tmp_path, bf16=True, logging_steps=1, **how, **quiet)
+    trainer = tf.Trainer(model, args, train_dataset=rows)
+    trainer.train()
+    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_autocast_casts_as_torch_does():
+    q, k, v = torch.randn(3, 1, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    ways = [las_dense, las_attention, masked_las_attention]
+    for a in ((q, k, v.bfloat16()), (q.bfloat16(), k, v)):
+        with torch.autocast("cpu", torch.bfloat16):
+            want = F.scaled_dot_product_attention(*a, is_causal=True)
+            for way in ways:
+                got = way(*a, torch.zeros(4), window=1)
+                assert got.dtype == want.dtype == torch.bfloat16
+                torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+            step = masked_las_attention(a[0][:, :, -1:], *a[1:], (0.0,) * 4, window=1)
+            torch.testing.assert_close(step, want[:, :, -1:], atol=0.02, rtol=0.02)
+        for way in ways:
+            with pytest.raises(ValueError, match="dtype"):
+                way(*a, torch.zeros(4), window=1)
+
+
+# --- what is kept on disk
+
+
+def again(path, **how):
+    return tf.AutoModelForCausalLM.from_pretrained(path, **how)
+
+
+def test_a_saved_model_remembers_las(tmp_path):
+    model = build()
+    model.set_attn_implementation("hf-weights")
+    model.save_pretrained(tmp_path)
+    loaded = again(tmp_path).eval()
+    assert loaded.config._attn_implementation == "hf-weights"
+    assert loaded.config.las["window"] == 4 and loaded.config.las["max_rate"] == 0.3
+    with torch.no_grad():
+        assert torch.equal(loaded(noise()).logits, model(noise()).logits)
+    loaded.set_attn_implementation("sdpa")
+    loaded.save_pretrained(tmp_path)
+    plain = again(tmp_path)
+    assert plain.config._attn_implementation == "sdpa"
+    assert not hasattr(plain.config, "las")
+
+
+def test_parts_of_a_model_remember_theirs(tmp_path):
+    config = tf.LlavaConfig(text_config=dict(model_type="llama"))
+    config._attn_implementation = {"text_config": "hf-scores"}
+    config.save_pretrained(tmp_path)
+    loaded = tf.AutoConfig.from_pretrained(tmp_path)
+    assert loaded.text_config._attn_implementation == "hf-scores"
+    assert loaded.vision_config._attn_implementation is None
+
+
+def test_what_cannot_be_restored_is_told(tmp_path):
+    from las_nb.adapt import _OURS
+
+    register_las("hf-other", max_rate=0.2)
+    model = build()
+    model.set_attn_implementation("hf-other")
+    model.save_pretrained(tmp_path)
+    register_las("hf-other", max_rate=0.1)
+    with pytest.warns(UserWarning, match="register_las with the same"):
+        again(tmp_path)(noise())
+    tf.AttentionInterface._global_mapping.pop("hf-other")
+    _OURS.pop("hf-other")
+    with pytest.raises(ValueError, match="hf-other"):
+        again(tmp_path)
