@@ -196,7 +196,7 @@ def _base_folder(
         name += f"-seed{seed}"
     if edition > 1:
         return root / f"{name}-edition{edition}"
-    return root if size is None and not seed and not sample else root / name
+    return root if name == "generated-full" else root / name
 
 
 # %% ../../nbs/files.ipynb #c6aad950

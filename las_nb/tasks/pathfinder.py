@@ -409,6 +409,7 @@ def _within(kit: _Kit, contours: Contours) -> Any:  # `(b,)`
     return ((both >= 0) & (both < kit.setting.side)).all(1)
 
 
+# %% ../../nbs/20_pathfinder.ipynb #982cef3a
 def _distract(
     ground: Ground,
     row: Any,  # pictures `(b,)` that shall get one
@@ -482,6 +483,7 @@ def scenes(
     return _Scenes(pictures, labels, undotted, pair, extra, dots - k.pad)
 
 
+# %% ../../nbs/20_pathfinder.ipynb #39de2207
 def _painted(
     kit: _Kit,
     stamps: Any,
