@@ -196,7 +196,7 @@ def _base_folder(
         name += f"-seed{seed}"
     if edition > 1:
         return root / f"{name}-edition{edition}"
-    return root if name == "generated-full" else root / name
+    return root if name == "generated-full-seed0" else root / name
 
 
 # %% ../../nbs/files.ipynb #c6aad950
