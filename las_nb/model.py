@@ -26,7 +26,7 @@ from typing_extensions import Self
 from ._util import check_choice, replace_file
 from .mixers import MIXERS, mixer_options
 from .mixers.las import frozen
-from .padding import clear_padding, key_mask
+from .padding import clear_padding, key_mask, whole_lengths
 from .positions import sinusoidal
 
 
@@ -463,7 +463,7 @@ def pool_positions(
     lengths = (
         torch.full((B,), L, device=x.device)
         if lengths is None
-        else lengths.to(x.device).long()
+        else whole_lengths(lengths).to(x.device)
     )
     if readout == "last":
         return x[torch.arange(B, device=x.device), lengths - 1]

@@ -1,6 +1,7 @@
 "Variants of LaS, probes, and tests beyond the training length."
 
 import json
+from collections import Counter
 import pytest, torch
 from las_nb.mixers import LaSVariant
 from las_nb.mixers.variant import filter_keys
@@ -8,7 +9,8 @@ from las_nb.mixers import Attention, Local
 from las_nb.las import las_weights
 from las_nb.mixers import LaSAttention
 from las_nb.model import LaSTransformer
-from las_nb.tasks.probes import PROBES, probe
+from las_nb.tasks import bounds, load_task
+from las_nb.tasks.probes import ORDERS, PROBES, probe
 from las_nb.lengths import lengths_main, score_at
 from las_nb.settings import Lengths
 from las_nb.train import attention_entropy, train
@@ -232,6 +234,32 @@ def test_probes_repeat_and_splits_differ(name):
     rows = [tuple(r) for part in a for r in a[part].inputs.tolist()]
     assert len(set(rows)) > 0.99 * len(rows)
     assert not torch.equal(probe(name, 48, seed=1)["train"].inputs, a["train"].inputs)
+
+
+@pytest.mark.parametrize("L", [32, 47, 48, 64, 80, 96, 128, 333])
+def test_one_order_of_a_motif_leads_alone(L):
+    "Counted from left to right, as a reader does who knows nothing of slots."
+    x, y, _ = PROBES["motif"](300, L, torch.Generator().manual_seed(2))
+    for row, label in zip(x.tolist(), y.tolist()):
+        found = [t for t in zip(row, row[1:], row[2:]) if sorted(t) == [8, 9, 10]]
+        assert len(found) == L // 16
+        (first, most), *rest = Counter(found).most_common()
+        assert tuple(ORDERS[label].tolist()) == first
+        assert not rest or rest[0][1] < most
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_floors_and_ceiling_of_probes(name):
+    for L in (32, 64, 100):
+        floors, ceiling = bounds(name, load_task(name, length=L, limit=300))
+        assert ceiling == 100 and len(floors) == 2
+        assert all(0 < score < 100 for score in floors.values()) or L == 32
+
+
+def test_a_record_holds_floors_and_ceiling(run):
+    record = json.loads((run / "needle-las-0" / "results.json").read_text())
+    assert record["ceiling"] == 100
+    assert set(record["trivial"]) == {"majority class", "most frequent token"}
 
 
 @pytest.mark.parametrize("name", [n for n in PROBES if n != "motif"])

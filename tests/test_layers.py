@@ -8,6 +8,7 @@ from las_nb.mixers import EMA, orthogonal_directions
 from las_nb.mixers.convolution import ImplicitFilter
 from las_nb.mixers import Performer, influence, linear_attention
 from las_nb.mixers.convolution import long_conv
+from las_nb.fast import las_attention
 from las_nb.positions import rotate
 from las_nb.kernels import ema_kernel, hyena_kernel, s4d_kernel
 from las_nb.mixers import MIXERS, mixer_options, register_mixer
@@ -119,6 +120,42 @@ def test_padding_does_not_matter(name, causal, lengths, fill):
         torch.testing.assert_close(
             row[:n], layer(full[None, :n])[0], atol=1e-9, rtol=1e-7
         )
+
+
+SAID = [[200, 5], (200, 5), torch.tensor([200, 5], dtype=torch.uint8)]
+SAID += [torch.tensor([200, 5], dtype=torch.int16)]
+
+
+@every
+@pytest.mark.parametrize("said", SAID, ids=lambda s: str(getattr(s, "dtype", type(s))))
+def test_lengths_may_be_lists_tuples_and_small_integers(name, causal, said):
+    "Of 300 steps: more than a byte holds."
+    layer = make(name, causal, max_len=300).eval()
+    x, plain = noise(2, 300, 16), torch.tensor([200, 5])
+    for got, expected in zip(layer(x, said), layer(x, plain)):
+        torch.testing.assert_close(got[:5], expected[:5])
+
+
+@pytest.mark.parametrize("readout", ["mean", "last"])
+@pytest.mark.parametrize("said", SAID, ids=lambda s: str(getattr(s, "dtype", type(s))))
+def test_a_model_and_the_function_take_them_too(readout, said):
+    net = LaSTransformer(5, 16, 1, 4, in_features=1, max_len=300, readout=readout)
+    x, plain = noise(2, 300, 1).float(), torch.tensor([200, 5])
+    torch.testing.assert_close(net.eval()(x, said), net(x, plain))
+    q = noise(2, 2, 300, 4).float()
+    for method in ("dense", "sdpa", "flex", "linear"):
+        for causal in (True, False):
+            how = dict(causal=causal, method=method)
+            got = las_attention(q, q, q, [0.0, 0.1], lengths=said, **how)
+            expected = las_attention(q, q, q, [0.0, 0.1], lengths=plain, **how)
+            torch.testing.assert_close(got[0, :, :200], expected[0, :, :200])
+            torch.testing.assert_close(got[1, :, :5], expected[1, :, :5])
+
+
+@pytest.mark.parametrize("wrong", [[], [1.5, 2], [[3, 4]], torch.ones(2), [True, True]])
+def test_lengths_that_are_no_whole_numbers_are_refused(wrong):
+    with pytest.raises(ValueError, match="whole numbers"):
+        make("las")(noise(2, 40, 16), wrong)
 
 
 @every

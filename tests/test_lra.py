@@ -345,6 +345,32 @@ def test_one_task_is_taken_out_of_the_official_archive(top, name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("how", ["archive", "by hand", "inside"])
+def test_of_two_copies_the_inner_one_is_taken_alone(tmp_path, order, how):
+    """The official archive holds listops-1000 and pathfinder128 twice
+    (google-research/long-range-arena, issue 38)."""
+    files = {}
+    for top, seed, n in ("lra_release", 1, 40), ("lra_release/lra_release", 2, 30):
+        made = tmp_path / f"made{seed}"
+        write_listops(made, n, seed=seed, jobs=1, low=20, high=60)
+        for f in made.glob("*.tsv"):
+            files[f"{top}/listops-1000/{f.name}"] = f.read_bytes()
+    files["lra_release/listops-1000/more.tsv"] = b"only outside"
+    root = tmp_path / "root"
+    root.mkdir()
+    archive = tar_of(root / "lra_release.gz", dict([*files.items()][::order]))
+    if how != "archive":
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+        archive.unlink()
+    splits = load_task("listops", root / "lra_release" if how == "inside" else root)
+    assert len(splits["train"].labels) == 30
+    if how == "archive":
+        assert not (root / "listops-1000" / "more.tsv").exists()
+        assert sorted(p.name for p in root.iterdir() if p.is_dir()) == ["listops-1000"]
+
+
 # --- text
 
 
@@ -354,6 +380,8 @@ def imdb(folder, n=12):
             f = folder / "aclImdb" / kind / f"{i}_{8 if 'pos' in kind else 3}.txt"
             f.parent.mkdir(parents=True, exist_ok=True)
             f.write_bytes(f"{kind} {i} ".encode() * (i * 40 + 1))
+            # what macOS leaves beside a file
+            (f.parent / f"._{f.name}").write_bytes(b"\0\5\26\7")
     (folder / "aclImdb" / "train" / "unsup").mkdir()
     (folder / "aclImdb" / "train" / "unsup" / "0_0.txt").write_text("no label")
     return folder
@@ -758,6 +786,21 @@ def test_encoded_once_and_mapped(tmp_path):
         and len(calls) == n + 1
     )
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1  # nothing aside
+
+
+def test_flipped_bytes_of_equal_size_and_date_are_noticed(tmp_path, own_cache):
+    source = tmp_path / "data"
+    source.write_bytes(b"abcd")
+    date = source.stat()
+
+    def parts():
+        for part in ("train", "valid", "test"):
+            yield part, 0, source.read_bytes()
+
+    assert bytes(encoded([source], parts, "")["test"].values.tolist()) == b"abcd"
+    source.write_bytes(b"abxd")
+    os.utime(source, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert bytes(encoded([source], parts, "")["test"].values.tolist()) == b"abxd"
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):

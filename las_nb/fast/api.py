@@ -16,7 +16,7 @@ from .flex import flex_attend
 from .plan import Group, METHODS, TOL, is_small, plan_call
 from ..las import las_dense
 from ..locality import check_rates
-from ..padding import key_mask
+from ..padding import key_mask, whole_lengths
 from ..smoothing import Window, smooth_keys, smooth_values, window_weights
 
 
@@ -291,6 +291,7 @@ def las_attention(
     too large for "sdpa", or scores above `score_bound` (compiled: NaN).
     Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
+    lengths = None if lengths is None else whole_lengths(lengths)
     B, L, speeds = q.shape[0], q.shape[2], None
     q, k, v = one_dtype(q, k, v)
     # rates as numbers: a plan needs them, a GPU must not be asked

@@ -33,7 +33,7 @@ __all__ = [
 import math
 import torch, torch.nn.functional as F
 from typing import Any, NamedTuple, Sequence
-from ..padding import real_keys
+from ..padding import real_keys, whole_lengths
 from ..smoothing import Window, edge_scale, smooth_keys, turned, weights_like
 from ..smoothing import window_sides
 
@@ -470,7 +470,8 @@ def flip_real(x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Ten
     "Every sequence of `x` `(B, H, L, D)` backwards; padding stays at the end."
     if lengths is None:
         return x.flip(2)
-    i, n = torch.arange(x.shape[2], device=x.device), lengths.to(x.device)[:, None]
+    i = torch.arange(x.shape[2], device=x.device)
+    n = whole_lengths(lengths).to(x.device)[:, None]
     at = torch.where(i < n, n - 1 - i, i)  # (B, L), its own inverse
     return x.gather(2, at[:, None, :, None].expand_as(x))
 

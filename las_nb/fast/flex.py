@@ -10,6 +10,7 @@ import functools
 import torch
 from typing import Callable
 from .bands import diagonal_scores, flip_real
+from ..padding import whole_lengths
 from ..smoothing import Window, is_one, smooth_keys, turned, window_sides
 
 
@@ -105,7 +106,7 @@ def flex_attend(
     _check_flex(q, k, v, window)
     B, _, L, _ = q.shape
     alpha = rates.to(q.device, torch.float32)
-    ends = torch.full((B,), L) if lengths is None else lengths
+    ends = torch.full((B,), L) if lengths is None else whole_lengths(lengths)
     ends = ends.to(q.device)
     if is_one(window):
         score, seen = _flex_plain(alpha, ends, causal)

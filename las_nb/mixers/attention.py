@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from .las import SelfAttention
 from .register import register_mixer
-from ..padding import key_mask
+from ..padding import key_mask, whole_lengths
 from ..positions import rotate
 
 
@@ -159,7 +159,8 @@ class Local(Attention):
             # a padded query sees itself
             seen = seen & (j - i < w) & ((j < L) | (j == i))
             if lengths is not None:
-                real = j < lengths.to(q.device).view(-1, 1, 1, 1)
+                ends = whole_lengths(lengths).to(q.device)
+                real = j < ends.view(-1, 1, 1, 1)
                 seen = seen & (real | (j == i))[:, None]
         # (B, H, n, w, D) -> (B, H, L, D)
         return F.scaled_dot_product_attention(q, k, v, seen).flatten(2, 3)[:, :, :L]

@@ -8,6 +8,7 @@ __all__ = [
     "Task",
     "register_task",
     "load_task",
+    "bounds",
     "describe",
     "trivial",
     "DataError",
@@ -24,7 +25,7 @@ __all__ = [
 
 # %% ../../nbs/room_tasks.ipynb #a5b14e06
 from .task import TASKS, Task, register_task, load_task
-from .task import describe, trivial
+from .task import bounds, describe, trivial
 from .._util import DataError
 from .sequences import Batch, Sequences, batches, epoch_order
 from .sequences import reading_order, shuffled, hold_out
@@ -47,6 +48,7 @@ _all_ = [
     "Task",
     "register_task",
     "load_task",
+    "bounds",
     "describe",
     "trivial",
     "DataError",

@@ -6,7 +6,7 @@
 __all__ = ["LRA_URL", "FAST", "ARENA", "refuse_size", "from_archive", "unpacked_first"]
 
 # %% ../../nbs/archive.ipynb #5664c0bf
-import random
+import os, random, shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
@@ -59,18 +59,34 @@ def from_archive(
         archive = next((p for p in archives if p.exists()), None)
         if not archive:
             archive = download(LRA_URL, archives[0])
-        return extract(archive, partial(_below, path), root) > 0
+        return _take_inner(archive, path, root)
+
+
+def _take_inner(archive: Path, path: str, root: Path) -> bool:  # whether it was there
+    "Unpack all copies of a task aside, and keep the inner one."
+    aside = root / ".copies"
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    try:
+        if not extract(archive, partial(_below, path), aside):
+            return False
+        inner = max(aside.iterdir()) / path
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(inner, root / path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return True
 
 
 def _below(path: str, name: str) -> str | None:
-    "lra_release/lra_release/listops-1000/basic_val.tsv -> listops-1000/basic_val.tsv"
+    "lra_release/lra_release/listops-1000/basic_val.tsv -> 2/listops-1000/basic_val.tsv"
     before, found, after = f"/{name}".partition(f"/{path}/")
-    tops = "", "lra_release", "lra_release/lra_release"
-    if not found or before.strip("/.") not in tops:
+    tops = ["", "lra_release", "lra_release/lra_release"]
+    top = before.strip("/.")
+    if not found or top not in tops:
         return None
     if path == "tsv_data" and not after.startswith("new_aan_pairs"):
         return None
-    return f"{path}/{after}"
+    return f"{tops.index(top)}/{path}/{after}"
 
 
 # %% ../../nbs/archive.ipynb #adde2789

@@ -74,12 +74,14 @@ def _imdb_texts(source: Path) -> Iterator[tuple[str, bytes]]:
     'Names, such as "train/pos/0_9.txt", and contents of the files.'
     if source.is_dir():
         for kind in KINDS:
-            for f in (source / kind).glob("*.txt"):
+            for f in (source / kind).glob("[!.]*.txt"):
                 yield f"{kind}/{f.name}", f.read_bytes()
         return
     with members(source) as files:
         for m, content in files:
-            if m.name.endswith(".txt") and "/unsup/" not in m.name:
+            # hidden files are not reviews: macOS leaves one beside every file
+            hidden = m.name.rpartition("/")[2].startswith(".")
+            if m.name.endswith(".txt") and not hidden and "/unsup/" not in m.name:
                 yield m.name.split("aclImdb/", 1)[-1], content.read()
 
 
@@ -108,7 +110,7 @@ def text(
         made, source = _imdb_files(root), "IMDB reviews"
     files = [made]
     if made.is_dir():
-        files = [f for kind in KINDS for f in sorted((made / kind).glob("*.txt"))]
+        files = [f for kind in KINDS for f in sorted((made / kind).glob("[!.]*.txt"))]
 
     def parts():
         reviews = read_imdb(made, 100 if sample else REVIEWS)

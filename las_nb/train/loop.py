@@ -18,7 +18,7 @@ from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
 from ..model import LaSTransformer, count_parameters
 from ..settings import Recipe, flat, read_recipe, stored
-from ..tasks import Batch, Sequences, TASKS, batches, reading_order, trivial
+from ..tasks import Batch, Sequences, batches, bounds, reading_order
 from .checkpoint import CannotWrite, InUse, NotFinite
 from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
@@ -759,25 +759,16 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
 @patch
 def record(self: Trainer, test: float) -> dict[str, Any]:
     """What is worth keeping of a finished run: its progress, its score on the test set,
-    the floors beside it, and how even its attention became."""
+    floors and ceiling beside it, and how even its attention became."""
     known = self.progress_so_far()
+    floors, ceiling = bounds(self.recipe.task, self.data)
     return known | dict(
         test=test,
         finished=known.pop("written"),
         entropy=attention_entropy(self.model, self.data["valid"]),
-        trivial=self.trivial_scores(),
+        trivial=floors,
+        ceiling=ceiling,
     )
-
-
-# %% ../../nbs/18_train.ipynb #6d6ed987
-@patch
-def trivial_scores(self: Trainer) -> dict[str, float]:  # name -> percent
-    "What readers that do not read get on the same test set."
-    readers = {"majority class": None} | TASKS[self.recipe.task].readers
-    return {
-        name: trivial(self.data["train"], self.data["test"], reader)
-        for name, reader in readers.items()
-    }
 
 
 # %% ../../nbs/18_train.ipynb #e3038c2e
