@@ -477,10 +477,11 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 def _blocks(x: torch.Tensor, first: int, T: int) -> tuple[torch.Tensor, int]:
     """Windows of the keys that blocks of `c` queries need for diagonals `first` to
     `first + T - 1`, `(B, H, n, c + T - 1, D)`, with zeros from outside; and `c`."""
-    L = x.shape[2]
-    c = min(L, max(16, T))
-    x = F.pad(x, (0, 0, -first, first + T - 1 + -L % c))
-    return windows(x, c + T - 1, c), c
+    L, c = x.shape[2], max(16, T)
+    n = -(-L // c)
+    x = F.pad(x, (0, 0, -first, first + (n + 1) * c - L)).unflatten(2, (n + 1, c))
+    # a block and the beginning of the next one
+    return torch.cat([x[:, :, :-1], x[:, :, 1:, : T - 1]], 3), c
 
 
 def diagonals(
