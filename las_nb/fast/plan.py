@@ -33,13 +33,17 @@ def score_bounds(
     """S of every head, by Cauchy and Schwarz: `|q_i . k_j| / sqrt(D)` is at most the
     largest `|q|` times the largest `|k|`, over `sqrt(D)`. Rows that are not finite do
     not count: what they spoil shows in the output."""
-    root, wide = math.sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
-    # levelled: squares of huge entries overflow
-    q, k = (
-        torch.linalg.vector_norm(t, dim=-1).nan_to_num(0, 0, 0).amax((0, 2))
-        for t in level(q.detach().to(wide), k.detach().to(wide))
-    )
-    return q * k / root
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # squares of huge entries overflow
+    return _level_bounds(*level(q.detach().to(wide), k.detach().to(wide)))
+
+
+def _level_bounds(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    "score_bounds of what is level already."
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = (torch.linalg.vector_norm(t.detach(), dim=-1, dtype=wide) for t in (q, k))
+    q_norm, k_norm = (r.nan_to_num(0, 0, 0).amax((0, 2)) for r in rows)
+    return q_norm * k_norm / math.sqrt(q.shape[-1])
 
 
 # %% ../../nbs/plan.ipynb #09b07ca4
@@ -272,7 +276,7 @@ def keeps_bound(
 
 # %% ../../nbs/plan.ipynb #0d91afe6
 def plan_call(
-    q: torch.Tensor,  # queries `(B, H, L, D)`
+    q: torch.Tensor,  # queries `(B, H, L, D)`, see level
     k: torch.Tensor,  # keys `(B, H, L, D)`
     rates: tuple[float, ...],  # decay rate of every head
     method: str,  # see las_attention
@@ -302,7 +306,7 @@ def plan_call(
             g.method != "linear" for g in groups
         ):
             return groups, None
-        found = score_bounds(q, k).tolist()
+        found = _level_bounds(q, k).tolist()
         return make(bounds=tuple(_round_up(s * gain) for s in found)), None
     bounds = _each_head(score_bound, len(rates))
     return make(bounds=tuple(s * gain for s in bounds)), keeps_bound(q, k, score_bound)
