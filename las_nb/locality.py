@@ -42,8 +42,12 @@ def decay_rates(
     in [0, B]"."""
     if not isinstance(n_heads, int) or n_heads < 1:
         raise ValueError(f"n_heads must be a whole number >= 1; got {n_heads!r}")
-    if not 0 <= max_rate < math.inf:
-        raise ValueError(f"max_rate must be >= 0 and finite; got {max_rate!r}")
+    most = torch.finfo(torch.get_default_dtype()).max
+    if not 0 <= max_rate <= most:
+        raise ValueError(
+            f"max_rate must be >= 0, and finite in {torch.get_default_dtype()}; got "
+            f"{max_rate!r}"
+        )
     # ..., max_rate / 2, max_rate
     if spacing == "geometric":
         rates = max_rate * 2.0 ** torch.arange(1 - n_heads, 1, dtype=torch.float64)
@@ -114,7 +118,6 @@ def decayed_scores(
 ) -> torch.Tensor:  # `(B, H, L, L)`, float32 at least
     "ELD: scaled dot products times the locality kernel, `e_ij = m_ij s_ij`."
     s = attention_scores(q, k)  # (B, H, L, L)
-    # (B, H, L, L) * (H, L, L)
-    return s * locality_kernel(
-        rates.to(s.device, torch.promote_types(s.dtype, torch.float32)), s.shape[-1]
-    )
+    # exp(-1e4) is 0 in every dtype, and not every dtype holds every rate
+    alpha = rates.to(s.device).clamp(max=1e4).to(s.dtype)
+    return s * locality_kernel(alpha, s.shape[-1])  # (B, H, L, L) * (H, L, L)

@@ -6,18 +6,19 @@
 __all__ = ["attend", "check_limits", "las_attention"]
 
 # %% ../../nbs/function.ipynb #4ea3f475
-import math
+import math, numbers
 import torch, torch.nn.functional as F
-from typing import Sequence
+from typing import Any, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
-from .bands import decayed_sdpa, one_sided, two_sided
+from .bands import decayed_sdpa, level, one_sided, two_sided
 from .flex import flex_attend
-from .plan import Group, METHODS, TOL, is_small, plan_call
+from .plan import Group, METHODS, TOL, is_small, keeps_bound, plan_call
 from ..las import las_dense
 from ..locality import check_rates
 from ..padding import key_mask, whole_lengths
-from ..smoothing import Window, smooth_keys, smooth_values, window_weights
+from ..smoothing import Window, is_one, smooth_keys, smooth_values
+from ..smoothing import window_sides, window_weights
 
 
 # %% ../../nbs/function.ipynb #f91dfb14
@@ -63,16 +64,9 @@ def attend(
         return _plain_sdpa(q, k, v, window, causal, lengths)
     if group.method == "sdpa" and causal:
         return decayed_sdpa(q, k, v, rates)
-    dtype = q.dtype
-    # its exponents are too few for a band
-    if group.band and dtype == torch.float16:
-        q, k, v = q.float(), k.float(), v.float()
-    o = (
-        one_sided(q, k, v, rates, group.band)[0]
-        if causal
-        else two_sided(q, k, v, rates, window, group.band, lengths)
-    )
-    return o.to(dtype)
+    if causal:
+        return one_sided(q, k, v, rates, group.band)[0]
+    return two_sided(q, k, v, rates, window, group.band, lengths)
 
 
 # %% ../../nbs/function.ipynb #87b5e993
@@ -123,6 +117,17 @@ def _window_gain(window: Window) -> float:
 
 
 # %% ../../nbs/function.ipynb #f3fd3502
+def _two_sided_window(window: Window, pool: str, causal: bool) -> int:
+    "How many scores an average holds where keys lie on both sides, else 1; see plan."
+    past, future = window_sides(window, causal)
+    return 1 if causal or pool == "weights" else past + future + 1
+
+
+def _or_nan(o: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    "`o`, or nothing but NaN where scores of a compiled call exceed their bound."
+    return o if kept is None else o.masked_fill(~kept, math.nan)
+
+
 def _of_heads(window: Window, heads: Sequence[int]) -> Window:
     "The window of some heads: their rows, where every head has weights of its own."
     if isinstance(window, int):
@@ -148,7 +153,13 @@ def _las_fast(
 ) -> torch.Tensor:  # `(B, H, L, D)`
     """Smooth keys or values, plan, and let every group of heads go its way; padding
     comes cleared."""
-    H, D, Dv = q.shape[1], q.shape[3], v.shape[3]
+    H, D, Dv, dtype = q.shape[1], q.shape[3], v.shape[3], v.dtype
+    if tol is None:
+        tol = TOL[dtype]
+    # rescaled, smoothed or scaled, in half precision, they would be rounded again
+    if any(speeds) or not is_one(window) or D != Dv:
+        wide = torch.promote_types(dtype, torch.float32)
+        v, (q, k) = v.to(wide), level(q.to(wide), k.to(wide))
     if D != Dv:  # the kernels want one width
         q, k, v = (
             F.pad(t, (0, max(D, Dv) - t.shape[3]))
@@ -156,10 +167,10 @@ def _las_fast(
         )
     check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     if pool == "weights":
-        tol = (TOL[q.dtype] if tol is None else tol) / max(1.0, _window_gain(window))
+        tol = tol / max(1.0, _window_gain(window))
         v, window = smooth_values(v, window, causal, lengths), 1
-    gain = _window_gain(window)
-    groups, kept = plan_call(q, k, speeds, method, tol, score_bound, gain)
+    gain, W = _window_gain(window), _two_sided_window(window, pool, causal)
+    groups, kept = plan_call(q, k, speeds, method, tol, score_bound, gain, W)
     if causal:
         k, window = smooth_keys(k, rates, window), 1
     # torch's CPU kernel takes every row as dense, unchecked
@@ -176,12 +187,17 @@ def _las_fast(
     o = torch.cat(outputs, 1)
     if heads != list(range(H)):
         o = o[:, sorted(range(H), key=heads.__getitem__)]
-    if kept is not None:
-        o = o.masked_fill(~kept, math.nan)
-    return o[..., :Dv]
+    return _or_nan(o[..., :Dv].to(dtype), kept)
 
 
 # %% ../../nbs/function.ipynb #6e55808d
+def _all_between(low: float, values: Any, high: float) -> bool:
+    "Is every one a number, not a tensor, from `low` up to, not including, `high`?"
+    good = isinstance(values, (tuple, list)) or getattr(values, "ndim", 0) == 1
+    good = good and all(isinstance(x, numbers.Real) for x in values)
+    return good and all(low <= x < high for x in values)
+
+
 def check_limits(
     tol: float | None,
     score_bound: float | tuple[float, ...] | None,
@@ -189,17 +205,15 @@ def check_limits(
     n_heads: int,
 ) -> None:
     "Raise `ValueError` for a tolerance, bound or block length that is not allowed."
-    if tol is not None and not 0 <= tol < 1:
+    if tol is not None and not _all_between(0, [tol], 1):
         raise ValueError(f"tol must lie between 0 and 1; got {tol!r}")
-    bounds = (
-        score_bound
-        if isinstance(score_bound, (tuple, list))
-        else (1.0 if score_bound is None else score_bound,) * n_heads
-    )
-    if len(bounds) != n_heads or not all(0 < s < math.inf for s in bounds):
+    one = not isinstance(score_bound, (tuple, list))
+    bounds = [score_bound] * n_heads if one else score_bound
+    good = len(bounds) == n_heads and _all_between(5e-324, bounds, math.inf)
+    if score_bound is not None and not good:
         raise ValueError(
             f"score_bound must be a finite number > 0, or {n_heads} of them, one per "
-            f"head; got {score_bound!r}"
+            f"head, no tensor; got {score_bound!r}"
         )
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be a whole number >= 1; got {chunk!r}")
@@ -223,20 +237,22 @@ def _check_call(
     check_choice("method", method, METHODS)
     check_limits(tol, score_bound, chunk, q.shape[1])
     if not isinstance(rates, torch.Tensor):
-        if len(rates) != q.shape[1] or not all(0 <= r < math.inf for r in rates):
+        if not _all_between(0, rates, math.inf) or len(rates) != q.shape[1]:
             raise ValueError(
                 f"rates must be {q.shape[1]} finite numbers >= 0, one per head; got "
-                f"{rates}"
+                f"{rates!r}"
             )
     elif rates.requires_grad and method not in ("auto", "dense"):
         raise ValueError(f"gradients of rates need method 'dense'; got {method!r}")
 
 
 # %% ../../nbs/function.ipynb #765ad523
-def _takes_matrix(q: torch.Tensor, rates: torch.Tensor, method: str) -> bool:
-    "Is the whole call a matter for las_dense?"
+def _takes_matrix(
+    q: torch.Tensor, rates: torch.Tensor, method: str, window: int
+) -> bool:
+    "Is the whole call a matter for las_dense? `window` as in plan."
     if method == "auto":
-        return rates.requires_grad or is_small(*q.shape)
+        return rates.requires_grad or is_small(*q.shape, window)
     return method == "dense"
 
 
@@ -284,11 +300,14 @@ def las_attention(
     """Local and smooth attention; plain attention with `window=1` and all rates 0.
 
     "dense" writes the matrix down; "sdpa" and "flex" compute the same without it;
-    "linear", and "auto" where it pays, keep the error below `tol`, and with a fixed
-    `score_bound` each output depends on its own past only, bit for bit. Gradients reach
-    q, k, v and a tensor of a window's weights; those of `rates` need "dense" (which
-    "auto" then takes). Raises `ValueError` for arguments that are not allowed, a rate
-    too large for "sdpa", or scores above `score_bound` (compiled: NaN).
+    "linear", and "auto" where it pays, keep the error below `tol` times the largest
+    value of a head, and with a fixed `score_bound` each output depends on its own past
+    only, bit for bit. Rounding comes on top: in float64 and float32 that of the matrix
+    in the same dtype; float16 and bfloat16 are computed in float32, and outputs rounded
+    once (plain attention is torch's own in every dtype). Gradients reach q, k, v and a
+    tensor of a window's weights; those of `rates` need "dense" (which "auto" then
+    takes). Raises `ValueError` for arguments that are not allowed, a rate too large for
+    "sdpa", or, with every method, scores above `score_bound` (compiled: NaN).
     Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
     lengths = None if lengths is None else whole_lengths(lengths)
@@ -299,8 +318,13 @@ def las_attention(
         speeds = tuple(rates)
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
     whole = chunk is None or chunk >= L
-    if whole and _takes_matrix(q, rates, method):
-        return las_dense(q, k, v, rates, window, pool, causal, lengths)
+    W = _two_sided_window(window, pool, causal)
+    if whole and _takes_matrix(q, rates, method, W):
+        o, kept = las_dense(q, k, v, rates, window, pool, causal, lengths), None
+        if score_bound is not None:
+            q, k, _ = _clean_inputs(q, k, v, rates, window, lengths)
+            kept = keeps_bound(q, k, score_bound)
+        return _or_nan(o, kept)
     q, k, v = _clean_inputs(q, k, v, rates, window, lengths)
     if not whole:
         blocks = (_fold_chunks(t, chunk) for t in (q, k, v))

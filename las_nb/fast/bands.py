@@ -9,6 +9,7 @@ __all__ = [
     "safe_limit",
     "rescale",
     "decayed_sdpa",
+    "level",
     "windows",
     "overlap_add",
     "tiles",
@@ -22,7 +23,8 @@ __all__ = [
     "far_field",
     "one_sided",
     "merge",
-    "shift",
+    "diagonals",
+    "sum_diagonals",
     "flip_real",
     "diagonal_scores",
     "between",
@@ -38,12 +40,7 @@ from ..smoothing import Window, edge_scale, smooth_keys, turned, weights_like
 from ..smoothing import window_sides
 
 # %% ../../nbs/15_fast.ipynb #2649f8b3
-LIMIT = {
-    torch.float16: 11.0,
-    torch.bfloat16: 80.0,
-    torch.float32: 80.0,
-    torch.float64: 700.0,
-}
+LIMIT = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 # %% ../../nbs/15_fast.ipynb #4f7be9c4
@@ -52,12 +49,10 @@ def safe_limit(
     bound: float = 1.0,  # S: no score is larger, in absolute value
 ) -> float:  # the largest `alpha * L` that can be rescaled
     """How far rescaling may reach: masked products, up to `S exp(alpha L)`, must stay
-    finite."""
-    return min(
-        LIMIT[dtype],
-        math.log(torch.finfo(torch.promote_types(dtype, torch.float32)).max / 8)
-        - math.log(max(bound, 1)),
-    )
+    finite. Half precision is rescaled in float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    top = math.log(torch.finfo(wide).max / 8)
+    return min(LIMIT[wide], top - math.log(max(bound, 1)))
 
 
 # %% ../../nbs/15_fast.ipynb #d2ba5887
@@ -91,6 +86,25 @@ def decayed_sdpa(
     )
 
 
+# %% ../../nbs/15_fast.ipynb #de4b2ee0
+def level(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+) -> tuple[torch.Tensor, torch.Tensor]:  # the same shapes, and the same scores
+    """Queries times, and keys over, the power of two per head that makes their largest
+    entries alike: nothing is rounded, and neither is huge where scores are not."""
+    top = torch.finfo(q.dtype)
+    sizes = [
+        torch.maximum(t.amax((0, 2, 3)), -t.amin((0, 2, 3))).clamp(top.tiny, top.max)
+        for t in (q.detach(), k.detach())
+    ]  # (H,) each
+    q_size, k_size = (size.double().log2() for size in sizes)
+    most = -math.log2(top.tiny)  # powers that the dtype holds, both ways
+    n = ((k_size - q_size) / 2).round().nan_to_num().clamp(-most, most)
+    up, down = (torch.exp2(x).to(q.dtype)[:, None, None] for x in (n, -n))
+    return q * up, k * down
+
+
 # %% ../../nbs/15_fast.ipynb #10031c6e
 def windows(x: torch.Tensor, K: int, b: int) -> torch.Tensor:
     """Overlapping views of `K` positions, one every `b`: `(B, H, L, D)` to `(B, H, n,
@@ -115,7 +129,9 @@ def tiles(
     """Blocks of `b` queries with their windows of keys and values, rescaled about the
     middle of each block; and the two factors."""
     K = k.shape[2] - q.shape[2] + b
-    steps = torch.arange(K, dtype=torch.float64, device=q.device) - K + b / 2
+    # 0 at the middle of the block: where it is one key, at that key
+    middle = K - (b + 1) / 2
+    steps = torch.arange(K, dtype=torch.float64, device=q.device) - middle
     # (H, 1, K, 1)
     f = torch.exp(rates.to(q.device, torch.float64)[:, None] * steps).to(
         torch.promote_types(q.dtype, torch.float32)
@@ -457,12 +473,43 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return (w[..., None] * o).sum(0).to(o.dtype)
 
 
-# %% ../../nbs/15_fast.ipynb #94f9ae36
-def shift(x: torch.Tensor, t: int, dim: int = -1) -> torch.Tensor:
-    "`x` read `t` places later along `dim`, with zeros from outside."
-    L = x.shape[dim]
-    t = max(-L, min(L, t))
-    return F.pad(x, (*[0, 0] * (-1 - dim), -t, t))
+# %% ../../nbs/15_fast.ipynb #a1427826
+def _blocks(x: torch.Tensor, first: int, T: int) -> tuple[torch.Tensor, int]:
+    """Windows of the keys that blocks of `c` queries need for diagonals `first` to
+    `first + T - 1`, `(B, H, n, c + T - 1, D)`, with zeros from outside; and `c`."""
+    L, c = x.shape[2], max(16, T)
+    n = -(-L // c)
+    x = F.pad(x, (0, 0, -first, first + (n + 1) * c - L)).unflatten(2, (n + 1, c))
+    # a block and the beginning of the next one
+    return torch.cat([x[:, :, :-1], x[:, :, 1:, : T - 1]], 3), c
+
+
+def diagonals(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    ts: range,  # which: key `i + t` for query `i`
+) -> torch.Tensor:  # `(B, H, L, T)`
+    "Products of queries and keys on some diagonals of their matrix."
+    L, T = q.shape[2], len(ts)
+    keys, c = _blocks(k, ts[0], T)
+    q = F.pad(q, (0, 0, 0, -L % c)).unflatten(2, (-1, c))  # (B, H, n, c, D)
+    s = (q @ keys.mT).flatten(-2)  # (B, H, n, c * (c + T - 1))
+    # in rows one longer, a diagonal is a column
+    s = F.pad(s, (0, c)).unflatten(-1, (c, c + T))[..., :T]
+    return s.flatten(2, 3)[:, :, :L]
+
+
+def sum_diagonals(
+    w: torch.Tensor,  # weights `(B, H, L, T)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    first: int,  # `w_i0` weighs value `i + first`
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "Weighted sums of the values on some diagonals."
+    L, T = w.shape[2:]
+    values, c = _blocks(v, first, T)
+    w = F.pad(w, (0, c, 0, -L % c)).unflatten(2, (-1, c)).flatten(-2)
+    w = w[..., :-c].unflatten(-1, (c, c + T - 1))  # (B, H, n, c, c + T - 1)
+    return (w @ values).flatten(2, 3)[:, :, :L]
 
 
 # %% ../../nbs/15_fast.ipynb #4649c3dd
@@ -484,24 +531,31 @@ def diagonal_scores(
     window: Window,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Smoothed scores of the keys whose windows reach to both sides of the query, `(T,
-    B, H, L)`: key `i + t` for `t` from `1 - future` to `past - 1`."""
+    """Smoothed scores of the keys whose windows reach to both sides of the query, `(B,
+    H, L, T)`: key `i + t` for `t` from `1 - future` to `past - 1`, short of `L`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide)
+    q, k, L = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide), q.shape[2]
     past, future = window_sides(window, False)
     w = weights_like(window, q)  # (W,) or (H, 1, 1, W)
     real = real_keys(q.mT[..., :1, :], lengths)  # (L,) or (B, 1, 1, L)
     scale = edge_scale(real, w, past, future)  # (L,), or up to (B, H, 1, L)
-    alpha = rates.to(q.device, torch.float64)[:, None, None]
-    e, rows = {}, []
-    for t in range(1 - future - past, past + future):
-        s = (q * shift(k, t, -2)).sum(-1)[:, :, None]  # (B, H, 1, L)
-        e[t] = torch.exp(-alpha * abs(t)).to(wide) * s
-    for t in range(1 - future, past):
-        s = sum(w[..., future - u] * e[t + u] for u in range(-past, future + 1))
-        s = s * shift(scale, t)
-        rows.append(s.masked_fill(shift(real, t) == 0, -math.inf))
-    return torch.stack(rows)[:, :, :, 0]
+    # T diagonals are smoothed, from the M that their windows reach
+    W, middle = w.shape[-1], range(max(1 - future, 1 - L), min(past, L))
+    reached = range(max(1 - future - past, 1 - L), min(past + future, L))
+    t, u = (torch.tensor(ts, device=q.device) for ts in (middle, reached))
+    fade = torch.exp(-rates.to(q.device, torch.float64)[:, None, None] * u.abs())
+    e = diagonals(q, k, reached) * fade.to(wide)  # (B, H, L, M) * (H, 1, M)
+    lag = t + future - u[:, None]  # (M, T), as in pooling_matrix
+    taps = w.reshape(-1, W)[:, lag.clamp(0, W - 1)] * ((lag >= 0) & (lag < W))
+    # (B, H, L, M) @ (1 or H, M, T); then, for every query, the edges of its keys
+    s = e @ taps
+    scale, real = (
+        F.pad(torch.atleast_2d(x)[..., 0, :], (-middle[0], middle[-1])).unfold(
+            -1, len(middle), 1
+        )  # (L, T), or up to (B, H, L, T)
+        for x in (scale, real)
+    )
+    return (s * scale).masked_fill(real == 0, -math.inf)
 
 
 # %% ../../nbs/15_fast.ipynb #4d83fed0
@@ -516,15 +570,13 @@ def between(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys of `diagonal_scores`: output `(B, H, L, D)`, log of the
     denominators `(B, H, L)`."""
-    past, future = window_sides(window, False)
-    s = diagonal_scores(q, k, rates, window, lengths)  # (T, B, H, L)
-    lse = s.logsumexp(0)
+    _, future = window_sides(window, False)
+    s = diagonal_scores(q, k, rates, window, lengths)  # (B, H, L, T)
+    lse = s.logsumexp(-1, keepdim=True)
     # rows without a key: all zeros
     w = (s - lse.clamp_min(torch.finfo(s.dtype).min)).exp()
-    return sum(
-        w_t[..., None] * shift(v.to(w.dtype), t, -2)
-        for w_t, t in zip(w, range(1 - future, past))
-    ).to(q.dtype), lse
+    o = sum_diagonals(w, v.to(w.dtype), max(1 - future, 1 - q.shape[2]))
+    return o.to(q.dtype), lse[..., 0]
 
 
 # %% ../../nbs/15_fast.ipynb #233afa01

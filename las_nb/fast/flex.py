@@ -17,10 +17,11 @@ from ..smoothing import Window, is_one, smooth_keys, turned, window_sides
 # %% ../../nbs/flex.ipynb #8c7adcba
 @functools.cache
 def compiled_flex() -> Callable[..., torch.Tensor]:
-    "FlexAttention, compiled at first use."
+    """FlexAttention, compiled at first use, and again for every new shape: with sizes
+    left open, the kernel for CPUs does not compile."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 # %% ../../nbs/flex.ipynb #fa05b8ba
@@ -105,7 +106,7 @@ def flex_attend(
 
     _check_flex(q, k, v, window)
     B, _, L, _ = q.shape
-    alpha = rates.to(q.device, torch.float32)
+    alpha = rates.to(q.device).clamp(max=1e4).float()
     ends = torch.full((B,), L) if lengths is None else whole_lengths(lengths)
     ends = ends.to(q.device)
     if is_one(window):
@@ -114,8 +115,7 @@ def flex_attend(
         past, future = window_sides(window, False)
         middle = None
         if 1 - future < past:
-            # (T, B, H, L) -> (B, H, L, T)
-            middle = diagonal_scores(q, k, rates, window, lengths).movedim(0, -1)
+            middle = diagonal_scores(q, k, rates, window, lengths)
         back = flip_real(k, lengths)
         ahead = smooth_keys(back, rates, turned(window), past, lengths)
         behind = smooth_keys(k, rates, window, future, lengths)

@@ -14,6 +14,7 @@ __all__ = [
     "is_small",
     "ways",
     "plan",
+    "keeps_bound",
     "plan_call",
 ]
 
@@ -21,7 +22,7 @@ __all__ = [
 import functools, math
 import torch
 from typing import Callable, NamedTuple
-from .bands import Band, LIMIT, far_delta, safe_limit
+from .bands import Band, far_delta, level, safe_limit
 
 
 # %% ../../nbs/plan.ipynb #26ddb6f0
@@ -30,21 +31,29 @@ def score_bounds(
     k: torch.Tensor,  # keys `(B, H, L, D)`
 ) -> torch.Tensor:  # `(H,)`, float32 at least
     """S of every head, by Cauchy and Schwarz: `|q_i . k_j| / sqrt(D)` is at most the
-    largest `|q|` times the largest `|k|`, over `sqrt(D)`."""
-    root = math.sqrt(q.shape[-1])
-    q, k = (
-        torch.linalg.vector_norm(
-            t.detach(), dim=-1, dtype=torch.promote_types(t.dtype, torch.float32)
-        ).amax((0, 2))
-        for t in (q, k)
-    )
-    return q * k / root
+    largest `|q|` times the largest `|k|`, over `sqrt(D)`. Rows that are not finite do
+    not count: what they spoil shows in the output."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # squares of huge entries overflow
+    return _level_bounds(*level(q.detach().to(wide), k.detach().to(wide)))
+
+
+def _level_bounds(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    "score_bounds of what is level already."
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = (torch.linalg.vector_norm(t.detach(), dim=-1, dtype=wide) for t in (q, k))
+    q_norm, k_norm = (r.nan_to_num(0, 0, 0).amax((0, 2)) for r in rows)
+    return q_norm * k_norm / math.sqrt(q.shape[-1])
 
 
 # %% ../../nbs/plan.ipynb #09b07ca4
-def _near_keys(rate: float, bound: float, tol: float, order: int = 0) -> int:
-    "How many keys before its own a query must take as near."
-    return max(0, math.ceil(math.log(max(bound / far_delta(tol, order), 1)) / rate) - 1)
+def _near_keys(rate: float, bound: float, tol: float, order: int = 0) -> float:
+    "How many keys before its own a query must take as near; infinite where all."
+    delta = far_delta(tol, order)
+    if not 0 < delta <= bound < math.inf:
+        return 0 if delta > bound else math.inf
+    steps = (math.log(bound) - math.log(delta)) / rate
+    return max(0, math.ceil(steps) - 1) if steps < math.inf else math.inf
 
 
 # %% ../../nbs/plan.ipynb #4497b622
@@ -53,7 +62,7 @@ def serves(
 ) -> bool:
     """Is a band that was made for another head wide enough for this one, and its
     exponents small enough?"""
-    cap = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)
+    cap = safe_limit(dtype, bound)
     return (
         _near_keys(rate, bound, tol, 1 if band.zone else 0) <= band.reach
         and _near_keys(rate, bound, tol) <= band.reach + band.zone * band.block
@@ -74,9 +83,9 @@ def fit_band(
     "The smallest band that keeps the error of a head below `tol`."
     if tol <= 0 or rate == 0:
         return None
-    # bands of float16 are computed in float32
-    cap = safe_limit(torch.promote_types(dtype, torch.bfloat16), bound)
-    near = _near_keys(rate, bound, tol, order)
+    cap, near = safe_limit(dtype, bound), _near_keys(rate, bound, tol, order)
+    if near >= L:
+        return None
     b = max(unit, -(-near // (4 * unit)) * unit)
     while b > 1 and rate * (-(-near // b) * b + b) > cap:
         b -= max(1, b // 8)
@@ -154,9 +163,11 @@ def _join_groups(
 
 
 # %% ../../nbs/plan.ipynb #a21774b6
-def is_small(B: int, H: int, L: int, D: int) -> bool:
-    "Is writing the matrix down the fastest way?"
-    return L <= 32 or 2 * L <= 3 * D or B * H * L <= 512
+def is_small(B: int, H: int, L: int, D: int, W: int = 1) -> bool:
+    """Is writing the matrix down the fastest way? It is for short sequences, and where
+    every window reaches to both sides of its query (`W` as in plan)."""
+    short = L <= 32 or 2 * L <= 3 * D
+    return short or B * H * L <= 512 or W > L
 
 
 # %% ../../nbs/plan.ipynb #7f8d83dd
@@ -200,13 +211,15 @@ def plan(
     device: str = "cpu",  # type of the device
     batch: int = 1,  # B
     width: int = 32,  # D
+    # W, where scores are smoothed and keys lie on both sides; else 1
+    window: int = 1,
 ) -> list[Group]:  # which heads are computed together, and how
     """Pick a method for every head: torch's attention, near and far keys, or the
     matrix.
 
     Raises `ValueError` when method is "sdpa" and a rate is too large for it."""
     H, tol = len(rates), TOL[dtype] if tol is None else tol
-    if method == "auto" and is_small(batch, H, L, width):
+    if method == "auto" and is_small(batch, H, L, width, window):
         method = "dense"
     if method in ("dense", "flex"):
         return [Group(method, tuple(range(H)))]
@@ -226,24 +239,55 @@ def plan(
 
 # %% ../../nbs/plan.ipynb #dadf7527
 def _round_up(bound: float) -> float:
-    """The next power of four, so that a plan does not change with every batch; 1 where
-    there is no bound."""
-    return 4.0 ** math.ceil(math.log(max(bound, 1), 4)) if math.isfinite(bound) else 1.0
+    """The next power of four, so that a plan does not change with every batch; infinite
+    where there is no bound."""
+    return 4.0 ** math.ceil(math.log(max(bound, 1), 4)) if bound < 1e300 else math.inf
+
+
+# %% ../../nbs/plan.ipynb #ad4824e5
+def _each_head(
+    bound: float | tuple[float, ...] | list[float], n_heads: int
+) -> tuple[float, ...]:
+    "One bound for every head."
+    return tuple(bound) if isinstance(bound, (tuple, list)) else (bound,) * n_heads
+
+
+def keeps_bound(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    score_bound: float | tuple[float, ...],  # for all heads, or each
+) -> torch.Tensor | None:  # a boolean, only while compiling
+    """Raise `ValueError` if the norms of queries and keys allow a score above
+    `score_bound`, whatever the plan. A compiled call cannot raise: it learns whether
+    they do not, to turn its output into NaN."""
+    bounds, found = _each_head(score_bound, q.shape[1]), score_bounds(q, k)
+    kept = found <= torch.tensor(bounds, dtype=found.dtype, device=q.device)
+    if torch.compiler.is_compiling():
+        return kept.all()
+    if not kept.all():
+        h = int((~kept).nonzero()[0])
+        raise ValueError(
+            f"scores of head {h} may reach {found[h]:.3g}, above "
+            f"score_bound={bounds[h]:.3g}: raise it, or leave it None to have it "
+            "measured"
+        )
+    return None
 
 
 # %% ../../nbs/plan.ipynb #0d91afe6
 def plan_call(
-    q: torch.Tensor,  # queries `(B, H, L, D)`
+    q: torch.Tensor,  # queries `(B, H, L, D)`, see level
     k: torch.Tensor,  # keys `(B, H, L, D)`
     rates: tuple[float, ...],  # decay rate of every head
     method: str,  # see las_attention
     tol: float | None,  # error allowed; None = `TOL`
     score_bound: float | tuple[float, ...] | None,  # see las_attention
     gain: float = 1.0,  # how many times larger smoothed scores may be
+    window: int = 1,  # see plan
     # the plan; a boolean, only while compiling
 ) -> tuple[list[Group], torch.Tensor | None]:
-    """The plan of a call, and whether scores keep to `score_bound`; without one, they
-    are measured where the plan depends on them."""
+    """The plan of a call, and whether scores keep to `score_bound`, see keeps_bound;
+    without one, they are measured where the plan depends on them."""
     make = functools.partial(
         plan,
         rates,
@@ -254,33 +298,15 @@ def plan_call(
         device=q.device.type,
         batch=q.shape[0],
         width=q.shape[3],
+        window=window,
     )
     if score_bound is None:
         groups = make(bounds=None)
-        if max(rates) * q.shape[2] <= 0.7 * LIMIT[q.dtype] and all(
+        if max(rates) * q.shape[2] <= 0.7 * safe_limit(q.dtype) and all(
             g.method != "linear" for g in groups
         ):
             return groups, None
-        found = score_bounds(q, k).tolist()
+        found = _level_bounds(q, k).tolist()
         return make(bounds=tuple(_round_up(s * gain) for s in found)), None
-    bounds = (
-        tuple(score_bound)
-        if isinstance(score_bound, (tuple, list))
-        else (score_bound,) * len(rates)
-    )
-    groups = make(bounds=tuple(s * gain for s in bounds))
-    if not any(g.band for g in groups):
-        return groups, None
-    found = score_bounds(q, k)
-    kept = found <= torch.tensor(bounds, dtype=found.dtype, device=q.device)
-    # a compiled call cannot raise: its output turns into NaN
-    if torch.compiler.is_compiling():
-        return groups, kept.all()
-    if not kept.all():
-        h = int((~kept).nonzero()[0])
-        raise ValueError(
-            f"scores of head {h} may reach {found[h]:.3g}, above "
-            f"score_bound={bounds[h]:.3g}: raise it, or leave it None to have it "
-            "measured"
-        )
-    return groups, None
+    bounds = _each_head(score_bound, len(rates))
+    return make(bounds=tuple(s * gain for s in bounds)), keeps_bound(q, k, score_bound)

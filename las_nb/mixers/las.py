@@ -192,8 +192,8 @@ def derive_bound(
     norm: nn.LayerNorm,  # the layer whose output comes in
 ) -> tuple[float, ...]:  # S of every head: no score is larger, whatever the input
     """A `score_bound` from the weights: what comes out of a LayerNorm is no longer
-    than `sqrt(dim) max|gamma| + |beta|`."""
-    dim = self.qkv.in_features
+    than `sqrt(dim) max|gamma| + |beta|`. It holds under autocast, too."""
+    dim, u = self.qkv.in_features, torch.finfo(torch.bfloat16).eps / 2
     W = self.qkv.weight.detach().double()
     b = self.qkv.bias.detach().double()
     x = (
@@ -202,9 +202,11 @@ def derive_bound(
     )
     # (2, H, D, dim), (2, H, D): queries and keys
     W, b = (t.unflatten(0, (3, self.n_heads, -1))[:2] for t in (W, b))
-    q, k = torch.linalg.matrix_norm(W, ord=2) * x + b.norm(dim=-1)  # (H,) each
-    # and a little for rounding
-    return tuple((1.01 * q * k * (dim / self.n_heads) ** -0.5).tolist())
+    # autocast rounds weights and biases, then the input, then the result to bfloat16
+    size = torch.linalg.matrix_norm(W, ord=2) + u * torch.linalg.matrix_norm(W)
+    q, k = (size * x + b.norm(dim=-1)) * (1 + u) ** 2  # (H,) each
+    # and a little for rounding in float32
+    return tuple((1.001 * q * k * (dim / self.n_heads) ** -0.5).tolist())
 
 
 # %% ../../nbs/layer.ipynb #cfd314fe
