@@ -90,7 +90,7 @@ def test_the_command(tmp_path):
     assert (
         record["finished"]
         and record["commit"]
-        and record["command"].startswith("las_bench --lengths")
+        and record["command"].startswith("las bench --lengths")
         and record["backward"]
     )
     assert [(c["L"], c["max_rate"]) for c in record["cases"]] == [

@@ -74,7 +74,7 @@ def test_cells_are_the_product_seeds_outermost(grid):
         f"tiny/digits-{label}-{seed}" for seed in (0, 1) for label in labels
     ]
     assert (
-        cells["tiny/digits-s4d-1"]["mixer_options"] == "n_state=8"
+        cells["tiny/digits-s4d-1"]["mixer_options"] == dict(n_state=8)
         and cells["tiny/digits-attention-none-0"]["positions"] is None
     )
     assert [parts(n) for n in cells][:2] == [
@@ -330,7 +330,7 @@ def test_from_start_to_end_through_a_cut(grid):
         for r in records.values()
     )
     cost = json.loads((grid / "results" / "tiny" / "cost.json").read_text())
-    assert cost["command"] == "las_compare tiny.toml" and all(
+    assert cost["command"] == "las compare tiny.toml" and all(
         c["memory"] > 0 and c["low"] <= c["seconds"] <= c["high"]
         for c in cost["tasks"]["digits"].values()
     )
@@ -339,7 +339,7 @@ def test_from_start_to_end_through_a_cut(grid):
     ] == b"\x89PNG" and "| s4d |" in again.stdout
     command = records["tiny/digits-attention-rotary-1"]["command"]
     assert (
-        command.startswith("las_train digits --model attention --")
+        command.startswith("las train digits --model attention --")
         and "--positions rotary" in command
     )
     shown = las_compare(grid, "--action", "show")

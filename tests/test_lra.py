@@ -840,7 +840,7 @@ def test_smoke_preset_trains_on_a_sample(task, samples, tmp_path):
         {"root operator", "root and its digits"} if task == "listops" else set()
     )
     assert (
-        record["command"] == f"las_train {task} --preset smoke"
+        record["command"] == f"las train {task} --preset smoke"
         and record["name"] == f"{task}-smoke-las-none-0"
     )
 

@@ -1300,7 +1300,7 @@ def test_slow_parameters_follow_the_schedule_below_their_own_highest_rate(lr, tm
             limit=64,
             epochs=2,
             lr=lr,
-            mixer_options="n_state=4",
+            mixer_options=dict(n_state=4),
         ),
         tmp_path,
         cpu=True,
