@@ -195,8 +195,8 @@ def trouble(e: BaseException) -> str:
     full = any(s in str(e) for s in ("out of memory", "can't allocate", "ALLOC_FAILED"))
     if full:
         return (
-            "memory is full; more parts (--accumulate 4), a smaller batch_size or a "
-            f"smaller model need less ({first})"
+            "memory is full; a larger accumulate, a smaller batch_size or a smaller "
+            f"model needs less ({first})"
         )
     return f"torch stopped with: {first}"
 

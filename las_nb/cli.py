@@ -214,7 +214,7 @@ def main(
             raise SystemExit(141)
         except OSError as e:
             _forget_output()
-            refuse(f"cannot say the result: {e.strerror or e}")
+            refuse(f"{e.strerror or e}: {e.filename or 'standard output'}")
 
 
 def _obey(words: list[str] | None) -> None:

@@ -101,11 +101,8 @@ class Trainer(_RunState):
         check_choice("precision", precision, ("auto", "no", "bf16", "fp16"))
         if not 0 <= save_minutes < math.inf:
             raise ValueError(f"save_minutes must be 0 or more; got {save_minutes}")
-        self.recipe, self.out, self.name = (
-            recipe,
-            at_home(out),
-            name or run_name(recipe),
-        )
+        self.recipe, self.out = recipe, at_home(out)
+        self.name = name or run_name(recipe)
         self.save_minutes, self.deadline = save_minutes, deadline
         self.tensorboard, self.compile, self.progress = tensorboard, compile, progress
         self.report, self.lock = report, None
@@ -123,21 +120,21 @@ class Trainer(_RunState):
 # %% ../../nbs/18_train.ipynb #ea2084c5
 # variables of `accelerate launch` -> what asks for nothing, what to use here
 _LAUNCHER = dict(
-    ACCELERATE_GRADIENT_ACCUMULATION_STEPS=("1", "use --accumulate"),
-    ACCELERATE_MIXED_PRECISION=("no", "use --precision"),
-    ACCELERATE_DYNAMO_BACKEND=("no", "use --compile"),
-    ACCELERATE_GRADIENT_CLIPPING=("none", "use --clip"),
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS=(["1"], "use --accumulate"),
+    ACCELERATE_MIXED_PRECISION=(["", "no"], "use --precision"),
+    ACCELERATE_DYNAMO_BACKEND=(["no"], "use --compile"),
+    ACCELERATE_GRADIENT_CLIPPING=(["", "none"], "use --clip"),
 )
 
 
 def _check_launcher() -> None:
     "Raise `ValueError` for a variable that would change a run behind its record."
     for name, value in sorted(os.environ.items()):
-        usual, instead = _LAUNCHER.get(name, ("false", "unset it"))
+        nothing, instead = _LAUNCHER.get(name, (["", "0", "false"], "unset it"))
         switch = name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU"
         if not switch and name not in _LAUNCHER:
             continue
-        if value.lower() not in ("", "0", usual):
+        if value.lower() not in nothing:
             raise ValueError(f"{name}={value} is not obeyed: {instead}")
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
@@ -729,10 +726,12 @@ class _listening:
 
     def note(self, number: int, frame: Any) -> None:
         "What a signal does."
-        # a shell and the system both tell that a terminal is gone
-        if self.trainer.signal and number != _HANGUP:
+        # that a terminal is gone is told several times: by shell, system and torchrun
+        if self.trainer.signal and number == _HANGUP:
+            return
+        if self.trainer.signal not in (None, _HANGUP):
             raise KeyboardInterrupt
-        self.trainer.signal = self.trainer.signal or number
+        self.trainer.signal = number
 
     def __enter__(self) -> None:
         main = threading.current_thread() is threading.main_thread()
