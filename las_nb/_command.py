@@ -18,7 +18,8 @@ __all__ = [
 import contextlib, dataclasses, importlib, io, os, re, sys, typing
 from pathlib import Path
 from typing import Any, Callable
-from ._util import DataError, Stopped, TrainingError, nearest, refuse
+from ._util import DataError, Stopped, TrainingError, at_home, is_first
+from ._util import nearest, refuse
 from .settings import LONG, kinds_of, one_value, read_options
 
 
@@ -131,6 +132,10 @@ def parse(
 
     try:
         asked = _Words(kind, words)
+        # a shell leaves the ~ of --out=~/runs to us
+        plain = [
+            str(at_home(w)) if w[:1] == "~" else w for w in asked.plain + asked.named
+        ]
     except ValueError as e:
         refuse(e)
     said = io.StringIO()
@@ -139,7 +144,7 @@ def parse(
             found, rest = tyro.cli(
                 kind,
                 prog=program,
-                args=asked.plain + asked.named,
+                args=plain,
                 return_unknown_args=True,
                 use_underscores=True,
                 config=(
@@ -190,8 +195,8 @@ def trouble(e: BaseException) -> str:
     full = any(s in str(e) for s in ("out of memory", "can't allocate", "ALLOC_FAILED"))
     if full:
         return (
-            "memory is full; a smaller batch_size or a smaller model needs less "
-            f"({first})"
+            "memory is full; a larger accumulate, a smaller batch_size or a smaller "
+            f"model needs less ({first})"
         )
     return f"torch stopped with: {first}"
 
@@ -213,9 +218,9 @@ def summary(record: dict[str, Any]) -> str:
 # %% ../nbs/command.ipynb #e2d76bfa
 def guarded(call: Callable[[], Any], advice: str) -> Any:
     "Run a command; whatever ends it early ends in one line, told by the first process."
-    if int(os.environ.get("RANK", 0)):
-        sys.stderr = open(os.devnull, "w")
     try:
+        if not is_first():
+            sys.stderr = open(os.devnull, "w")
         result = call()
         torch = sys.modules.get("torch")
         several = torch and torch.distributed.is_available()
@@ -237,6 +242,8 @@ def guarded(call: Callable[[], Any], advice: str) -> Any:
         refuse(f"{e.name} is missing; install the extra: pip install 'las_nb[train]'")
     except (ValueError, DataError, TrainingError) as e:
         refuse(e)
+    except BrokenPipeError:
+        raise
     except OSError as e:
         refuse(f"{e.strerror or e}: {e.filename or ''}")
     except (RuntimeError, AssertionError) as e:

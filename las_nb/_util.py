@@ -6,7 +6,10 @@
 __all__ = [
     "nearest",
     "check_choice",
+    "at_home",
     "replace_file",
+    "world_size",
+    "is_first",
     "commit_id",
     "refuse",
     "DataError",
@@ -38,6 +41,15 @@ def check_choice(name: str, value: object, allowed: Collection[Any]) -> None:
         )
 
 
+# %% ../nbs/util.ipynb #03b2c98b
+def at_home(path: str | Path) -> Path:
+    "The path, with a home folder in place of `~`; raises `ValueError` if it has none."
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"nobody knows what ~ is in {path}: set HOME") from None
+
+
 # %% ../nbs/util.ipynb #59da8e9b
 def replace_file(
     path: Path,  # target file; its folder is made
@@ -45,7 +57,7 @@ def replace_file(
 ) -> None:
     """Write a file aside and rename it: readers see the old content or the new, never
     half of it."""
-    path = Path(path)
+    path = at_home(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -64,6 +76,25 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+# %% ../nbs/util.ipynb #a6adf664
+def world_size() -> int:
+    "Processes that train together, as torchrun says; raises `ValueError`."
+    return _whole_number("WORLD_SIZE", 1)
+
+
+def is_first() -> bool:
+    "Is this the first of them? A stray RANK does not count."
+    return world_size() == 1 or _whole_number("RANK", 0) == 0
+
+
+def _whole_number(name: str, usual: int) -> int:
+    "An environment variable; raises `ValueError` when it is no whole number."
+    value = os.environ.get(name) or str(usual)
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a whole number; got {value!r}")
+    return int(value)
 
 
 # %% ../nbs/util.ipynb #a2b0ccfb

@@ -6,12 +6,12 @@
 __all__ = ["main"]
 
 # %% ../nbs/cli.ipynb #b4b9bd50
-import os, sys
+import contextlib, os, sys
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 from . import settings
 from ._command import guarded, import_extension, needs, parse, summary
-from ._util import check_choice, nearest, refuse
+from ._util import check_choice, is_first, nearest, refuse
 
 
 # %% ../nbs/cli.ipynb #fbb86846
@@ -30,7 +30,7 @@ def _train(asked: settings.Train, given: list[str]) -> None:
         record = train(asked.task, **kept, options=run, **changes)
         recipe = preset(asked.task, **changes)
         where = kept["out"] or Path("runs") / run_name(recipe)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first():
             print(f"{summary(record)}\nweights, curves.png and results.json in {where}")
 
     guarded(call, "go on with the same command and --resume")
@@ -156,6 +156,45 @@ def _extensions(words: list[str]) -> tuple[list[str], list[str]]:
     return modules, rest
 
 
+# %% ../nbs/cli.ipynb #564b0905
+class _Patient:
+    "A stream that may lose its reader."
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        "Write what can be written."
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        "The same."
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def _open_streams() -> None:
+    "Open streams that were closed, so that no other file gets their numbers."
+    while (free := os.open(os.devnull, os.O_RDWR)) < 3:
+        continue
+    os.close(free)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", closefd=False))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals without, say, a dash
+
+
+def _forget_output() -> None:
+    "Let Python not try again, at its end, to write what could not be written."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # %% ../nbs/cli.ipynb #c0ffee07
 def main(
     words: list[str] | None = None,  # by default those of the command line
@@ -163,6 +202,23 @@ def main(
     """The command `las`; called `las_train` it is `las train`, and so on.
 
     Ends with exit code 2 and one line for what it cannot do."""
+    _open_streams()
+    with contextlib.redirect_stderr(_Patient(sys.stderr)):
+        try:
+            try:
+                _obey(words)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # its reader, such as head, has seen enough
+            _forget_output()
+            raise SystemExit(141)
+        except OSError as e:
+            _forget_output()
+            refuse(f"{e.strerror or e}: {e.filename or 'standard output'}")
+
+
+def _obey(words: list[str] | None) -> None:
+    "Read a command line, and do what it says."
     called = Path(sys.argv[0]).name.partition(".")[0]
     words = sys.argv[1:] if words is None else words
     if called.startswith("las_") and called[4:] in _COMMANDS:
@@ -179,9 +235,4 @@ def main(
     asked, given = parse(kind, rest, f"las {words[0]}")
     for name in modules:
         guarded(lambda: import_extension(name), "")
-    try:
-        work(asked, given)
-        sys.stdout.flush()
-    except BrokenPipeError:  # its reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141)
+    work(asked, given)

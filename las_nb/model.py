@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from torch import nn
 from typing_extensions import Self
-from ._util import check_choice, replace_file
+from ._util import at_home, check_choice, replace_file
 from .mixers import MIXERS, mixer_options
 from .mixers.las import frozen
 from .padding import clear_padding, key_mask, whole_lengths
@@ -186,7 +186,7 @@ def _local_folder(
     **options: Any,  # of huggingface_hub's snapshot_download
 ) -> Path:
     "The folder that is meant, fetched from the Hub when there is none of that name."
-    folder = Path(source)
+    folder = at_home(source)
     on_the_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(source))
     if folder.is_dir() or folder.parent.is_dir() or not on_the_hub:
         return folder

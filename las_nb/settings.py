@@ -89,6 +89,8 @@ class Optimizer:
 
     epochs: int = 15  # passes over the training set
     batch_size: int = 64  # sequences per step, over all processes
+    # parts of a step, one after the other: less memory; batch norm sees each alone
+    accumulate: int = 1
     lr: float = 2e-3  # highest learning rate
     weight_decay: float = 0.01  # of AdamW, on matrices only
     clip: float = 1.0  # largest norm of the gradient
@@ -98,8 +100,13 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             _check_number(self, name, 1)
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate must be at most batch_size, {self.batch_size}; got "
+                f"{self.accumulate}"
+            )
         for name in ("patience", "weight_decay", "warmup"):
             _check_number(self, name, 0)
         for name in ("lr", "clip"):
@@ -108,6 +115,11 @@ class Optimizer:
             raise ValueError(
                 f"warmup is a share of the steps, below 1; got {self.warmup}"
             )
+
+    @property
+    def at_once(self) -> int:
+        "Sequences that are computed together, over all processes."
+        return math.ceil(self.batch_size / self.accumulate)
 
 
 @dataclass

@@ -332,7 +332,10 @@ def start(out, *args):
     return p
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+)
 def test_signals_save_and_stop(number, code, tmp_path):
     args = ["--limit=400", "--epochs=60", "--dim=16", "--depth=1", "--n_heads=2"]
     p = start(tmp_path / "r", *args)
@@ -668,6 +671,84 @@ def test_numbers_survive_json_exactly(tmp_path):
     } == facts
 
 
+# --- steps in parts
+
+
+def test_gradients_in_parts_are_those_of_the_batch(tmp_path):
+    """Against torch's own mean loss and clipping, with padding; batches that no number
+    of parts divides, the last one short."""
+    recipe = preset("motif", length=48, limit=50, dim=16, depth=1, n_heads=2, **PARTS)
+    trainer = Trainer(recipe, tmp_path / "r", **QUIET)
+    batch = trainer.data["train"].rows(slice(0, 16))
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    for rows in (batch, batch.rows(slice(0, 2)), batch.rows(slice(0, 7))):
+        n = len(rows.labels)
+        logits = trainer.model(rows.inputs, rows.lengths)
+        mean = torch.nn.functional.cross_entropy(logits, rows.labels)
+        want = torch.autograd.grad(mean, list(trainer.model.parameters()))
+        seen.clear()
+        loss, hits = trainer.gradients(rows, n, 1)
+        assert max(seen) <= 4 and sum(seen) == n
+        assert loss.item() == pytest.approx(mean.item(), rel=1e-6)
+        assert hits == (logits.argmax(-1) == rows.labels).sum()
+        for p, g in zip(trainer.model.parameters(), want):
+            assert torch.allclose(p.grad, g, rtol=1e-4, atol=1e-6)
+        trainer.optimizer.zero_grad()
+    seen.clear()
+    trainer.run()
+    assert max(seen) == 4  # in evaluations as well
+    trainer.lock.release()
+
+
+PARTS = dict(norm="layer", epochs=1, batch_size=16, accumulate=5)
+
+
+@pytest.mark.parametrize("parts", [3, 32])
+def test_a_run_in_parts_is_the_run_of_the_whole(parts, tmp_path):
+    "Up to rounding, without dropout and BatchNorm; 97 sequences: a last batch of one."
+    few = SMALL | dict(limit=97, norm="layer")
+    whole = train("digits", tmp_path / "a", options=QUIET, **few)
+    cut = train("digits", tmp_path / "b", accumulate=parts, options=QUIET, **few)
+    for key in ("loss", "norm", "worst"):
+        assert cut["curve"][key] == pytest.approx(whole["curve"][key], rel=1e-4)
+    for key in ("train", "valid"):
+        assert cut["curve"][key] == pytest.approx(whole["curve"][key], abs=1.1)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+    assert f"--accumulate {parts}" in cut["command"]
+    assert cut["recipe"]["optimizer"]["accumulate"] == parts
+    assert cut["identity"] != whole["identity"]
+
+
+def test_a_run_in_parts_goes_on_bit_for_bit(tmp_path):
+    "With BatchNorm and dropout, cut at every step."
+    few = SMALL | dict(accumulate=3, dropout=0.2, norm="batch", epochs=1)
+    whole = train("digits", tmp_path / "a", options=QUIET, **few)
+    for _ in range(20):
+        try:
+            options = QUIET | dict(deadline=time.monotonic())
+            record = train("digits", tmp_path / "b", True, options=options, **few)
+            break
+        except Stopped:
+            continue
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert record["curve"] == whole["curve"] and record["test"] == whole["test"]
+
+
+def test_records_from_before_parts_stay_what_they_were():
+    new = preset("digits")
+    old = json.loads(json.dumps(stored(new)))
+    del old["optimizer"]["accumulate"]
+    record = dict(recipe=old)
+    assert read_recipe(old) == new
+    # a checksum that was on record when there were no parts
+    assert las_nb.train.identity(new) == "9557a4e710bb"
+    assert las_nb.experiments.same_settings(record, dict(task="digits"))
+    parts = dict(task="digits", accumulate=2)
+    assert not las_nb.experiments.same_settings(record, parts)
+
+
 # --- several processes, half precision, compile, tensorboard
 
 
@@ -685,13 +766,14 @@ def torchrun(*args):
     ]
 
 
-def test_two_processes_make_the_run_of_one(tmp_path):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_two_processes_make_the_run_of_one(parts, tmp_path):
     """Over gloo. An odd number of sequences: shares of unequal size, and at the end a
     process without any."""
     args = [a for a in ARGS if "limit" not in a] + ["--limit=97"]
     train("digits", tmp_path / "one", options=QUIET, **SMALL | dict(limit=97))
     done = subprocess.run(
-        torchrun(*args, "--out", tmp_path / "two"),
+        torchrun(*args, f"--accumulate={parts}", "--out", tmp_path / "two"),
         capture_output=True,
         text=True,
         env=os.environ | dict(OMP_NUM_THREADS="1"),
@@ -857,6 +939,7 @@ def test_compiled_runs_are_the_same_run(tmp_path):
         (["digits", "--prenorm", "maybe"], "--model.prenorm is true or false"),
         (["digits", "--batch-sise=3"], "did you mean batch_size?"),
         (["digits", "--norm", "bach"], "invalid choice 'bach'"),
+        (["digits", "--accumulate", "99"], "at most batch_size, 32; got 99"),
         (["digits", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
         ([], "Missing from las train: TASK"),
         (["--cpu", "digits", "--window", "0"], "window must be a whole number >= 1"),

@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, IO, Iterable, Iterator
-from .._util import DataError, _cores, replace_file
+from .._util import DataError, _cores, at_home, replace_file
 from .sequences import Sequences
 
 
@@ -35,14 +35,19 @@ def data_root(
     root: str | Path | None = None,
 ) -> Path:
     "The folder under which data sets lie."
-    return Path(root or os.environ.get("LAS_NB_DATA") or _cache_folder()).expanduser()
+    return at_home(root or os.environ.get("LAS_NB_DATA") or _cache_folder())
 
 
 # %% ../../nbs/files.ipynb #d42925d1
 def _cache_folder() -> Path:
     "The user's cache: what is kept here can be made again."
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache).expanduser() / "las_nb"
+    try:
+        return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "las_nb"
+    except ValueError:
+        raise DataError(
+            "there is no home folder to keep data in: set HOME, or name a cache with "
+            "XDG_CACHE_HOME"
+        ) from None
 
 
 # %% ../../nbs/files.ipynb #92d7dc23

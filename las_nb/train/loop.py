@@ -6,14 +6,14 @@
 __all__ = ["Trainer", "attention_entropy", "train", "load_run", "score"]
 
 # %% ../../nbs/18_train.ipynb #38af21de
-import hashlib, io, json, math, os, re, shutil, signal, sys, threading
+import contextlib, hashlib, io, json, math, os, re, shutil, signal, sys, threading
 import time, warnings
 import torch
 from pathlib import Path
 from typing import Any, Callable
 from fastcore.basics import patch
-from .._util import Stopped, TrainingError, check_choice, commit_id
-from .._util import replace_file
+from .._util import Stopped, TrainingError, at_home, check_choice, commit_id
+from .._util import replace_file, world_size
 from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
 from ..model import LaSTransformer, count_parameters
@@ -101,7 +101,8 @@ class Trainer(_RunState):
         check_choice("precision", precision, ("auto", "no", "bf16", "fp16"))
         if not 0 <= save_minutes < math.inf:
             raise ValueError(f"save_minutes must be 0 or more; got {save_minutes}")
-        self.recipe, self.out, self.name = recipe, Path(out), name or run_name(recipe)
+        self.recipe, self.out = recipe, at_home(out)
+        self.name = name or run_name(recipe)
         self.save_minutes, self.deadline = save_minutes, deadline
         self.tensorboard, self.compile, self.progress = tensorboard, compile, progress
         self.report, self.lock = report, None
@@ -116,6 +117,37 @@ class Trainer(_RunState):
             raise
 
 
+# %% ../../nbs/18_train.ipynb #ea2084c5
+# variables of `accelerate launch` -> what asks for nothing, what to use here
+_LAUNCHER = dict(
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS=(["1"], "use --accumulate"),
+    ACCELERATE_MIXED_PRECISION=(["", "no"], "use --precision"),
+    ACCELERATE_DYNAMO_BACKEND=(["no"], "use --compile"),
+    ACCELERATE_GRADIENT_CLIPPING=(["", "none"], "use --clip"),
+)
+
+
+def _check_launcher() -> None:
+    "Raise `ValueError` for a variable that would change a run behind its record."
+    for name, value in sorted(os.environ.items()):
+        nothing, instead = _LAUNCHER.get(name, (["", "0", "false"], "unset it"))
+        switch = name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU"
+        if not switch and name not in _LAUNCHER:
+            continue
+        if value.lower() not in nothing:
+            raise ValueError(f"{name}={value} is not obeyed: {instead}")
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "LOCAL_RANK is set without WORLD_SIZE: unset it, or use torchrun"
+        )
+
+
+def _matmul() -> str:
+    "What is said of products of matrices that are less precise than float32."
+    found = torch.get_float32_matmul_precision()
+    return "" if found == "highest" else f" (float32 matmul: {found})"
+
+
 # %% ../../nbs/18_train.ipynb #9c3b3cd2
 @patch
 def find_devices(self: Trainer, cpu: bool, precision: str) -> None:
@@ -125,8 +157,9 @@ def find_devices(self: Trainer, cpu: bool, precision: str) -> None:
         warnings.simplefilter("ignore")
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+    _check_launcher()
     # an earlier trainer may have had another device or precision
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     cpu = cpu or asked in ("1", "true", "yes")
@@ -139,6 +172,11 @@ def find_devices(self: Trainer, cpu: bool, precision: str) -> None:
     self.device = self.accelerator.device
     self.world = self.accelerator.num_processes
     self.rank = self.accelerator.process_index
+    if self.world != world_size():
+        raise ValueError(
+            f"WORLD_SIZE is {world_size()}, but processes that know of each other are "
+            f"{self.world}: start them with torchrun, or unset it"
+        )
     if self.device.type == "cpu" and precision == "fp16":
         raise ValueError("fp16 needs a GPU; use precision bf16 or no")
 
@@ -246,7 +284,7 @@ def sign(self: Trainer) -> None:
     for known, value in (
         (self.commits, commit_id()),
         (self.devices, device),
-        (self.precisions, self.accelerator.mixed_precision),
+        (self.precisions, self.accelerator.mixed_precision + _matmul()),
     ):
         if value not in known:
             known.append(value)
@@ -384,6 +422,29 @@ def memory(self: Trainer) -> int:  # bytes
     )
 
 
+# %% ../../nbs/18_train.ipynb #d3bbc950
+@patch
+def gradients(
+    self: Trainer,
+    batch: Batch,  # this process's share
+    whole: int,  # sequences in the batch, over all processes
+    weight: int,  # 0 when the share is empty, and `batch` a stand-in
+) -> tuple[torch.Tensor, torch.Tensor]:  # loss, scaled as by share_loss; hits
+    "Gradients of a batch, part by part; the processes meet at the last part."
+    rows = math.ceil(self.recipe.optimizer.at_once / self.world)
+    starts, loss, hits = range(0, len(batch.labels), rows), 0, 0
+    for start in starts:
+        part, last = batch.rows(slice(start, start + rows)), start == starts[-1]
+        alone = self.accelerator.no_sync(self.net)
+        with contextlib.nullcontext() if last else alone:
+            logits = self.net(part.inputs, part.lengths)  # (b, n_classes)
+            share = share_loss(logits, part.labels, whole, self.world) * weight
+            self.accelerator.backward(share)
+        loss += share.detach().to(self.sums)
+        hits += weight * (logits.argmax(-1) == part.labels).sum()
+    return loss, hits
+
+
 # %% ../../nbs/18_train.ipynb #0d1fe658
 @patch
 def learn(self: Trainer, batch: Batch) -> None:
@@ -401,14 +462,11 @@ def learn(self: Trainer, batch: Batch) -> None:
     # for dropout
     seed = self.recipe.seed * 1_000_003 + self.done
     torch.manual_seed(seed * self.world + self.rank)
-    logits = self.net(batch.inputs, batch.lengths)  # (b, n_classes)
-    loss = share_loss(logits, batch.labels, whole, self.world) * weight
-    self.accelerator.backward(loss)
+    loss, hits = self.gradients(batch, whole, weight)  # sums of this process
     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
     self.optimizer.step()
     self.optimizer.zero_grad()
-    loss = loss.detach().to(self.sums) * whole / self.world
-    hits = weight * (logits.argmax(-1) == batch.labels).sum()
+    loss = loss * whole / self.world
     tokens = (
         batch.inputs.shape[1] * len(batch.labels)
         if batch.lengths is None
@@ -565,7 +623,7 @@ def evaluate(self: Trainer, part: str) -> float:  # percent
         for b in self.model.buffers():
             torch.distributed.broadcast(b, 0)
     net.eval()
-    size = self.recipe.optimizer.batch_size
+    size = self.recipe.optimizer.at_once
     for batch in batches(
         self.data[part],
         size,
@@ -652,8 +710,12 @@ def log(self: Trainer, values: dict[str, float]) -> None:
 
 
 # %% ../../nbs/18_train.ipynb #0795f470
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
 class _listening:
-    """While it lasts, SIGTERM and Ctrl-C make the trainer save and stop; a second one
+    """While it lasts, SIGTERM, Ctrl-C and a terminal that is closed (SIGHUP, unless
+    nohup had it ignored) make the trainer save and stop; a second SIGTERM or Ctrl-C
     stops it at once."""
 
     trainer: Trainer
@@ -664,17 +726,19 @@ class _listening:
 
     def note(self, number: int, frame: Any) -> None:
         "What a signal does."
-        if self.trainer.signal:
+        # that a terminal is gone is told several times: by shell, system and torchrun
+        if self.trainer.signal and number == _HANGUP:
+            return
+        if self.trainer.signal not in (None, _HANGUP):
             raise KeyboardInterrupt
         self.trainer.signal = number
 
     def __enter__(self) -> None:
         main = threading.current_thread() is threading.main_thread()
-        self.old = (
-            {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-            if main
-            else {}
-        )
+        heard = [signal.SIGINT, signal.SIGTERM] if main else []
+        if main and _HANGUP and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+            heard.append(_HANGUP)
+        self.old = {s: signal.signal(s, self.note) for s in heard}
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.old.items():
@@ -831,7 +895,7 @@ def train(
     Raises `ValueError` for a wrong option, `TrainingError` or `DataError` when the run
     cannot start or go on, and `Stopped` when it is cut."""
     recipe = preset(task, **changes)
-    out = Path(out or Path("runs") / run_name(recipe))
+    out = at_home(out or Path("runs") / run_name(recipe))
     if known := _stored_recipe(out):
         if not resume:
             raise TrainingError(
@@ -875,7 +939,7 @@ def load_run(
 ) -> tuple[LaSTransformer, Recipe]:  # in eval mode, on the CPU
     """The model of a run and its recipe; raises `TrainingError` when there is none or
     it is damaged."""
-    path = Path(path)
+    path = at_home(path)
     try:
         if (path / "config.json").exists() and (path / "recipe.json").exists():
             recipe = read_recipe(json.loads((path / "recipe.json").read_text()))
@@ -924,7 +988,7 @@ def score(
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     data = load_data(recipe, root, device)[split]
     model = model.to(device)
-    size = recipe.optimizer.batch_size
+    size = recipe.optimizer.at_once
     right = sum(
         (model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item()
         for b in batches(data, size, reading_order(data, size))

@@ -187,8 +187,11 @@ def identity(
     recipe: Recipe,
 ) -> str:  # 12 hexadecimal digits
     "What runs of the same settings, and only they, have in common."
-    said = json.dumps(stored(recipe), sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:12]
+    said = stored(recipe)
+    # a later setting: runs that do not use it stay what they were
+    if said["optimizer"]["accumulate"] == 1:
+        del said["optimizer"]["accumulate"]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # %% ../../nbs/recipe.ipynb #66ff298e
