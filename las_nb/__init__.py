@@ -19,6 +19,7 @@ __all__ = [
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# %% ../nbs/package.ipynb #c0ffee15
 if TYPE_CHECKING:
     from las_nb.adapt import masked_las_attention, register_las
     from las_nb.fast import las_attention

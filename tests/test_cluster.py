@@ -33,7 +33,9 @@ register_mixer("mine", Mean)
 def workers(process):
     "Processes of Ray that make a run now, by the name that Ray gives them."
     found = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in found if p.is_running() and "ray::_call" in " ".join(p.cmdline())]
+    return [
+        p for p in found if p.is_running() and "ray::_call" in " ".join(p.cmdline())
+    ]
 
 
 def wait_for(condition, process, seconds=300):
