@@ -4,6 +4,7 @@ cast, compiled, asked for gradients of single samples. Nothing may change on the
 import copy
 import pytest, torch
 from las_nb import padding
+from las_nb.fast import las_attention
 from las_nb.mixers import MIXERS
 from las_nb.model import LaSTransformer
 from las_nb.train import parameter_groups
@@ -214,3 +215,13 @@ def test_training_with_lengths_compiles():
     fast = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     x, n = noise(2, 40, 3), torch.tensor([40, 9])
     torch.testing.assert_close(fast(x, n), model(x, n))
+
+
+# --- no second derivative is better than a wrong one
+
+
+def test_bands_refuse_to_be_differentiated_twice():
+    q, k, v = noise(3, 1, 2, 100, 8).requires_grad_()
+    out = las_attention(q, k, v, (0.1, 0.2), causal=False, method="linear")
+    with pytest.raises(RuntimeError, match="method='dense'"):
+        torch.autograd.grad(out.square().sum(), q, create_graph=True)
