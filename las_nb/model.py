@@ -7,6 +7,7 @@ __all__ = [
     "NORMS",
     "MaskedBatchNorm",
     "PositionNorm",
+    "normalise",
     "Block",
     "Pretrained",
     "Inputs",
@@ -26,7 +27,7 @@ from typing_extensions import Self
 from ._util import at_home, check_choice, replace_file
 from .mixers import MIXERS, mixer_options
 from .mixers.las import frozen
-from .padding import clear_padding, key_mask, whole_lengths
+from .padding import clear_padding, holds, key_mask, whole_lengths
 from .positions import sinusoidal
 
 
@@ -47,9 +48,30 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         # (B, L, dim) -> (B * L, dim)
         if lengths is None:
             return super().forward(x.flatten(0, 1)).view_as(x)
-        real = key_mask(lengths, *x.shape[:2], x.device)  # (B, L)
-        y = super().forward(x[real])  # (number of real positions, dim)
-        return torch.zeros_like(x, dtype=y.dtype).masked_scatter(real[..., None], y)
+        real = key_mask(lengths, *x.shape[:2], x.device)[..., None]  # (B, L, 1)
+        x = x.masked_fill(~real, 0)
+        if not self.training:
+            y = super().forward(x.flatten(0, 1)).view_as(x)
+            return y.masked_fill(~real, 0)
+        mean, var = self.measure(x, real)
+        y = (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        return y.masked_fill(~real, 0).to(x.dtype)
+
+    def measure(
+        self, x: torch.Tensor, real: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # `(dim,)` each, float32 at least
+        """Mean and variance over the real positions of `x` `(B, L, dim)`, zeros
+        elsewhere; they enter the running ones."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        n = real.sum()
+        mean = x.sum((0, 1)) / n
+        var = (x - mean).masked_fill(~real, 0).square().sum((0, 1)) / n
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            unbiased = var * n / (n - 1).clamp(min=1)
+            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        return mean, var
 
 
 # %% ../nbs/06_model.ipynb #c2baeed7
@@ -65,6 +87,21 @@ class PositionNorm(nn.LayerNorm):
 
 
 NORMS = {"layer": PositionNorm, "batch": MaskedBatchNorm}
+
+
+def normalise(
+    norm: nn.Module,  # one of NORMS, or what convert_sync_batchnorm made of it
+    x: torch.Tensor,  # `(B, L, dim)`
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
+) -> torch.Tensor:  # `(B, L, dim)`
+    "What a norm makes of `x`; torch's SyncBatchNorm gets the real positions alone."
+    if not isinstance(norm, nn.SyncBatchNorm):
+        return norm(x, lengths)
+    if lengths is None:
+        return norm(x.flatten(0, 1)).view_as(x)
+    real = key_mask(lengths, *x.shape[:2], x.device)  # (B, L)
+    y = norm(x[real])  # (number of real positions, dim)
+    return torch.zeros_like(x, dtype=y.dtype).masked_scatter(real[..., None], y)
 
 
 # %% ../nbs/06_model.ipynb #3a5795ce
@@ -119,10 +156,11 @@ class Block(nn.Module):
     ) -> torch.Tensor:  # `(B, L, dim)`
         "Both steps, each added to what came in."
         if self.prenorm:
-            x = x + self.dropout(self.mix(self.norm1(x, lengths), lengths))
-            return x + self.dropout(self.feedforward(self.norm2(x, lengths)))
-        x = self.norm1(x + self.dropout(self.mix(x, lengths)), lengths)
-        return self.norm2(x + self.dropout(self.feedforward(x)), lengths)
+            x = x + self.dropout(self.mix(normalise(self.norm1, x, lengths), lengths))
+            seen = normalise(self.norm2, x, lengths)
+            return x + self.dropout(self.feedforward(seen))
+        x = normalise(self.norm1, x + self.dropout(self.mix(x, lengths)), lengths)
+        return normalise(self.norm2, x + self.dropout(self.feedforward(x)), lengths)
 
 
 # %% ../nbs/06_model.ipynb #39b80e4a
@@ -295,12 +333,10 @@ def _check_pairs(inputs: torch.Tensor) -> None:
 
 def _check_tokens(tokens: torch.Tensor, vocab: int) -> None:
     "Raise `ValueError` for tokens outside 0 .. vocab - 1; not read on a GPU."
-    if tokens.device.type != "cpu" or not tokens.numel():
-        return
-    low, high = tokens.min(), tokens.max()
-    if not (0 <= low and high < vocab):
+    if not holds((tokens >= 0) & (tokens < vocab)):
         raise ValueError(
-            f"tokens must lie between 0 and {vocab - 1}; got {low} to {high}"
+            f"tokens must lie between 0 and {vocab - 1}; got {tokens.min()} to "
+            f"{tokens.max()}"
         )
 
 
@@ -335,7 +371,6 @@ class Encoder(Inputs):
         c, dim = config, config["dim"]
         self.readout, self.pairs = c["readout"], c["pairs"]
         self.blocks = nn.ModuleList(_block_of(config) for _ in range(c["depth"]))
-        # post-norm blocks end normalised
         self.norm = NORMS[c["norm"]](dim) if c["prenorm"] else None
         self.head = _answer_head(dim, c["n_classes"], self.pairs)
 
@@ -348,7 +383,7 @@ class Encoder(Inputs):
         x = self.embedded(inputs, lengths)
         for block in self.blocks:
             x = block(x, lengths)
-        return x if self.norm is None else self.norm(x, lengths)
+        return x if self.norm is None else normalise(self.norm, x, lengths)
 
     def attention_maps(
         self,
@@ -358,7 +393,7 @@ class Encoder(Inputs):
         "What blocks attend to, for looking at; for mixers that have `weights`."
         x, maps = self.embedded(inputs, lengths), []
         for block in self.blocks:
-            seen = block.norm1(x, lengths) if block.prenorm else x
+            seen = normalise(block.norm1, x, lengths) if block.prenorm else x
             maps.append(block.mixer.weights(seen, lengths))
             x = block(x, lengths)
         return maps
@@ -378,7 +413,8 @@ class Encoder(Inputs):
         return self.head(torch.cat([u, v, u - v, u * v], -1))  # (B, 4 * dim) -> ...
 
     def read(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        "One vector per sequence."
+        "One vector per sequence; `lengths` become one tensor, see key_mask."
+        lengths = None if lengths is None else whole_lengths(lengths)
         return pool_positions(self.features(x, lengths), lengths, self.readout)
 
 

@@ -311,8 +311,7 @@ def las_attention(
     Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
     lengths = None if lengths is None else whole_lengths(lengths)
-    B, L, speeds = q.shape[0], q.shape[2], None
-    q, k, v = one_dtype(q, k, v)
+    B, L, speeds, (q, k, v) = q.shape[0], q.shape[2], None, one_dtype(q, k, v)
     # rates as numbers: a plan needs them, a GPU must not be asked
     if not isinstance(rates, torch.Tensor):
         speeds = tuple(rates)

@@ -407,12 +407,15 @@ class _DecayedWindows(torch.autograd.Function):
         return o.flatten(2, 3), lse.flatten(2, 3)  # (B, H, n * b, D), (B, H, n * b)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, g: torch.Tensor | None, g_lse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the arguments of forward, from those of its two results; None
         for rates and `b`."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "bands have no second derivative (create_graph): use method='dense'"
+            )
         q, k, v, rates, far_o, far_lse, o, lse = ctx.saved_tensors
         N, D, b = q.shape[:2], q.shape[-1], ctx.b
         g = torch.zeros_like(o) if g is None else g.unflatten(2, (-1, b)).contiguous()

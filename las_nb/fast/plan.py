@@ -163,6 +163,15 @@ def _join_groups(
 
 
 # %% ../../nbs/plan.ipynb #a21774b6
+def _cheapest(groups: list[Group], price: Callable[[Group], float]) -> Group:
+    "As `min(groups, key=price)`, which torch.compile cannot trace for many lengths."
+    best = groups[0]
+    for group in groups[1:]:
+        if price(group) < price(best):
+            best = group
+    return best
+
+
 def is_small(B: int, H: int, L: int, D: int, W: int = 1) -> bool:
     """Is writing the matrix down the fastest way? It is for short sequences, and where
     every window reaches to both sides of its query (`W` as in plan)."""
@@ -231,7 +240,7 @@ def plan(
     unit, best = 16 if device == "cpu" else 64, []
     for h in sorted(range(H), key=lambda h: rates[h]):
         found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
-        best.append(min(found, key=price, default=Group("dense", (h,))))
+        best.append(_cheapest(found or [Group("dense", (h,))], price))
     return _join_groups(
         best, lambda band, h: serves(band, rates[h], bounds[h], tol, dtype), price
     )

@@ -26,7 +26,6 @@ __all__ = [
     "EMA",
     "Mega",
     "influence",
-    "slow",
     "linear_attention",
     "orthogonal_directions",
 ]
@@ -39,7 +38,6 @@ from .attention import Attention, ALiBi, Local, influence
 from .linear import LinearAttention, Performer, Linformer, linear_attention
 from .linear import orthogonal_directions
 from .convolution import LongConv, S4D, SGConv, Hyena
-from .convolution import slow
 from .mega import EMA, Mega
 from .variant import LaSVariant
 
@@ -67,7 +65,6 @@ _all_ = [
     "EMA",
     "Mega",
     "influence",
-    "slow",
     "linear_attention",
     "orthogonal_directions",
 ]

@@ -111,9 +111,7 @@ class LaSAttention(SelfAttention):
     tol: float | None
     score_bound: float | tuple[float, ...] | None
     chunk: int | None
-    # `(H,)`, as a tensor and as numbers
-    rates: torch.Tensor
-    plain_rates: tuple[float, ...]
+    plain_rates: tuple[float, ...]  # of every head, as numbers
 
     def __init__(
         self,
@@ -136,7 +134,7 @@ class LaSAttention(SelfAttention):
     ):
         # numbers, even where weights are to have none yet (device "meta")
         with torch.device("cpu"):
-            rates = decay_rates(n_heads, max_rate, spacing)
+            rates = decay_rates(n_heads, max_rate, spacing).tolist()
             window_weights(window, n_heads)
         check_choice("pool", pool, POOLS)
         check_choice("method", method, METHODS)
@@ -144,18 +142,14 @@ class LaSAttention(SelfAttention):
         super().__init__(dim, n_heads, causal)
         self.window, self.pool, self.method = frozen(window), pool, method
         self.tol, self.score_bound, self.chunk = tol, frozen(score_bound), chunk
-        made_on = self.qkv.weight.device
-        rates = rates if made_on.type == "meta" else rates.to(made_on)
-        self.register_buffer("rates", rates, persistent=False)
-        self.plain_rates = tuple(rates.tolist())  # known without asking the device
+        self.plain_rates = tuple(rates)
 
-    def _apply(self, fn, *args, **kwargs):
-        """Moves and casts the layer; the rates keep their precision, for rounded rates
-        are other rates."""
-        rates = self.rates
-        super()._apply(fn, *args, **kwargs)
-        self.rates = rates.to(self.rates.device)
-        return self
+    @property
+    def rates(self) -> torch.Tensor:  # `(H,)`, float32 at least
+        "The rates as a tensor, where the weights are."
+        weight = self.qkv.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.tensor(self.plain_rates, dtype=wide, device=weight.device)
 
 
 # %% ../../nbs/layer.ipynb #2db7d362
@@ -215,7 +209,7 @@ def extra_repr(self: LaSAttention) -> str:
     "What `repr` shows of the layer."
     rest = {n: getattr(self, n) for n in ("window", "pool", "causal", "method")}
     return ", ".join(
-        [f"n_heads={self.n_heads}, max_rate={self.rates.max():.3g}"]
+        [f"n_heads={self.n_heads}, max_rate={max(self.plain_rates):.3g}"]
         + [f"{name}={value!r}" for name, value in rest.items()]
     )
 

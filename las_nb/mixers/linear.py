@@ -78,10 +78,13 @@ def orthogonal_directions(
 ) -> torch.Tensor:  # `(n, D)`, each row as if from a standard normal law
     """Random directions, orthogonal in sets of `D`, with the lengths of Gaussian ones
     (FAVOR+)."""
-    pairs = [torch.linalg.qr(torch.randn(D, D)) for _ in range(-(-n // D))]
+    kind = torch.get_default_dtype()
+    wide = dict(dtype=torch.promote_types(kind, torch.float32))  # QR knows no half
+    pairs = [torch.linalg.qr(torch.randn(D, D, **wide)) for _ in range(-(-n // D))]
     # LAPACK fixes signs, which would favour a half of space
     sets = [(q * r.diagonal().sign()).T for q, r in pairs]
-    return torch.cat(sets)[:n] * torch.randn(n, D).norm(dim=-1, keepdim=True)
+    lengths = torch.randn(n, D, **wide).norm(dim=-1, keepdim=True)
+    return (torch.cat(sets)[:n] * lengths).to(kind)
 
 
 # %% ../../nbs/linear.ipynb #dd5ab021

@@ -8,7 +8,7 @@ __all__ = ["EMA", "Mega"]
 # %% ../../nbs/mega.ipynb #e5bbcaa8
 import torch, torch.nn.functional as F
 from torch import nn
-from .convolution import long_conv
+from .convolution import long_conv, wide
 from .register import register_mixer
 from ..padding import clear_padding, key_mask
 
@@ -37,8 +37,9 @@ class EMA(nn.Module):
     def system(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step leaves of an average, and how inputs enter and averages are read:
         `(ways, dim, n_state)` each."""
-        p = self.p.sigmoid()
-        return 1 - p * self.damping.sigmoid(), p * self.spread * self.read
+        p, damping, spread, read = wide(self.p, self.damping, self.spread, self.read)
+        p = p.sigmoid()
+        return 1 - p * damping.sigmoid(), p * spread * read
 
     def kernel(self, L: int) -> torch.Tensor:
         "The sum of all averages of an impulse: `(ways, dim, L)`."
@@ -94,8 +95,7 @@ class Mega(nn.Module):
         "Averages, attention and gates: what to add to `x` `(B, L, dim)`."
         x = clear_padding(x, lengths)
         with torch.autocast(x.device.type, enabled=False):
-            full = x.mT.to(torch.promote_types(x.dtype, torch.float32))
-            m = F.silu(self.ema(full)).mT.to(x.dtype)  # (B, L, dim)
+            m = F.silu(self.ema(*wide(x.mT))).mT.to(x.dtype)  # (B, L, dim)
         u, z, r, h = self.gates(m).split([self.dim, self.z, self.v, self.dim], -1)
         # (B, L, z) each
         q, k = (F.silu(z)[..., None, :] * self.scale + self.shift).unbind(-2)

@@ -57,9 +57,16 @@ def parameter_groups(
     model: torch.nn.Module,
     weight_decay: float,  # for parameters with two axes or more
 ) -> list[dict[str, Any]]:  # for AdamW
-    "Parameters that decay, and those that do not."
-    slow = [p for p in model.parameters() if getattr(p, "slow", False)]
-    rest = [p for p in model.parameters() if not getattr(p, "slow", False)]
+    """Parameters that decay, those that do not, and those that modules name in their
+    `slow_parameters`."""
+    marked = {
+        f"{where}.{name}".lstrip(".")
+        for where, module in model.named_modules()
+        for name in getattr(module, "slow_parameters", ())
+    }
+    named = dict(model.named_parameters())
+    slow = [p for name, p in named.items() if name in marked]
+    rest = [p for name, p in named.items() if name not in marked]
     return [
         dict(params=[p for p in rest if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),

@@ -1,0 +1,227 @@
+"""Models between their states: built before there is memory, copied, averaged, loaded,
+cast, compiled, asked for gradients of single samples. Nothing may change on the way."""
+
+import copy
+import pytest, torch
+from las_nb import padding
+from las_nb.fast import las_attention
+from las_nb.mixers import MIXERS
+from las_nb.model import LaSTransformer
+from las_nb.train import parameter_groups
+
+LONG = ("s4d", "sgconv", "hyena")
+
+
+def make(mixer="las", depth=1, **kw):
+    torch.manual_seed(0)
+    kw = dict(in_features=3, max_len=128, causal=mixer != "linformer") | kw
+    return LaSTransformer(4, 16, depth, 4, mixer=mixer, **kw).eval()
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def on_meta(model):
+    with torch.device("meta"):
+        return LaSTransformer(**model.config).eval()
+
+
+def filled(model, empty):
+    "As FSDP does: memory for what had none, with anything in it, then the state."
+    model = empty.to_empty(device="cpu")
+    for t in (*model.parameters(), *model.buffers()):
+        t.data.fill_(777)
+    return model
+
+
+# --- built before there is memory
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_late_memory_gives_the_same_model(mixer):
+    whole, x = make(mixer), noise(2, 100, 3)
+    want = whole.features(x)
+    late = filled(whole, on_meta(whole))
+    late.load_state_dict(whole.state_dict())
+    again = filled(whole, copy.deepcopy(whole))
+    again.load_state_dict(whole.state_dict())
+    assigned = on_meta(whole)
+    assigned.load_state_dict(whole.state_dict(), assign=True)
+    for model in (late, again, assigned):
+        torch.testing.assert_close(model.features(x), want, rtol=0, atol=0)
+    if "las" in mixer:
+        rates = [m.blocks[0].mixer.rates for m in (whole, late, assigned)]
+        assert torch.equal(rates[0], rates[1]) and torch.equal(rates[0], rates[2])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_all_buffers_are_in_the_state(mixer):
+    model = make(mixer, norm="batch")
+    assert {n for n, _ in model.named_buffers()} <= set(model.state_dict())
+
+
+def test_buildable_without_weights_of_its_own():
+    accelerate = pytest.importorskip("accelerate")
+    for mixer in MIXERS:
+        whole, x = make(mixer), noise(2, 50, 3)
+        with accelerate.init_empty_weights():
+            model = LaSTransformer(**whole.config).eval()
+        model.load_state_dict(whole.state_dict(), assign=True)
+        torch.testing.assert_close(model(x), whole(x), rtol=0, atol=0)
+
+
+# --- slow parameters keep their name
+
+
+@pytest.mark.parametrize("mixer", LONG)
+def test_groups_survive_copies(mixer):
+    def names(model):
+        name = {id(p): n for n, p in model.named_parameters()}
+        return [
+            [name[id(p)] for p in g["params"]] for g in parameter_groups(model, 0.1)
+        ]
+
+    model = make(mixer)
+    want, assigned = names(model), on_meta(model)
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    average = torch.optim.swa_utils.AveragedModel(model).module
+    late = on_meta(model).to_empty(device="cpu")
+    assert len(want) == 3
+    for other in (copy.deepcopy(model), average, assigned, late):
+        assert names(other) == want
+    wrapped = parameter_groups(torch.nn.DataParallel(model), 0.1)
+    assert [len(g["params"]) for g in wrapped] == [len(n) for n in want]
+
+
+# --- half precision
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_half_models_are_near_the_whole_one(mixer, dtype, near):
+    model, x = make(mixer), noise(2, 100, 3)
+    want, n = model.features(x), torch.tensor([100, 40])
+    got = copy.deepcopy(model).to(dtype).features(x.to(dtype))
+    assert got.dtype == dtype
+    assert (got.float() - want).square().mean() < (near * want.std()) ** 2
+    assert copy.deepcopy(model).to(dtype)(x.to(dtype), n).isfinite().all()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_built_under_a_half_default(mixer):
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        model = make(mixer)
+        assert model(noise(2, 30, 3).bfloat16()).isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# --- BatchNorm over real positions, in one piece and by torch's SyncBatchNorm
+
+
+def test_batch_norm_with_lengths_is_torch_on_real_positions():
+    torch.manual_seed(0)
+    model = make(norm="batch", depth=2).double().train()
+    sync = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in sync.modules())
+    x, n = noise(3, 20, 3).double(), torch.tensor([20, 7, 1])
+    for mode in (True, False):
+        for lengths in (n, None):
+            model.train(mode), sync.train(mode)
+            a, b = model(x, lengths), sync(x, lengths)
+            torch.testing.assert_close(a, b)
+            for p, q in zip(
+                torch.autograd.grad(a.square().sum(), list(model.parameters())),
+                torch.autograd.grad(b.square().sum(), list(sync.parameters())),
+            ):
+                torch.testing.assert_close(p, q)
+    for p, q in zip(model.buffers(), sync.buffers()):
+        torch.testing.assert_close(p, q)
+
+
+# --- one mask per forward
+
+
+def test_one_mask_serves_a_forward(monkeypatch):
+    made, make_mask = [], padding._make_mask
+    monkeypatch.setattr(
+        padding, "_make_mask", lambda *a: made.append(a[1:3]) or make_mask(*a)
+    )
+    for kind in (torch.int64, torch.int32):
+        for norm in ("layer", "batch"):
+            for mixer in MIXERS:
+                model, n = make(mixer, depth=4, norm=norm), torch.tensor([30, 7])
+                made.clear()
+                model(noise(2, 30, 3), n.to(kind))
+                assert len(made) <= 1 or mixer == "las-chunk" and len(made) <= 5
+
+
+def test_the_mask_follows_its_lengths():
+    n = torch.tensor([3, 5])
+    a = padding.key_mask(n, 2, 5)
+    assert padding.key_mask(n, 2, 5) is a
+    n[0] = 4
+    assert padding.key_mask(n, 2, 5).sum(1).tolist() == [4, 5]
+    assert padding.key_mask(n, 2, 6).shape == (2, 6)
+    padding.key_mask(n, 2, 6).fill_(False)  # somebody else's accident
+    assert padding.key_mask(n, 2, 6).sum(1).tolist() == [4, 5]
+    with torch.inference_mode():
+        m = torch.tensor([2, 5])
+        padding.key_mask(m, 2, 5), padding.key_mask(n, 2, 5)
+    assert not padding.key_mask(n, 2, 5).is_inference()
+    with pytest.raises(ValueError, match="between 1 and 4"):
+        padding.key_mask(n, 2, 4)
+    del n
+    assert padding._LAST[0] is None
+
+
+# --- compiled, exported
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [dict(vocab=9, in_features=None), dict(in_features=3)],
+    ids=["tokens", "values"],
+)
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_export_knows_lengths(kind, norm):
+    model = make(norm=norm, **kind)
+    x = noise(2, 40, 3) if model.vocab is None else torch.randint(9, (2, 40))
+    for args in ((x,), (x, torch.tensor([40, 9]))):
+        whole = torch.export.export(model, args).module()
+        torch.testing.assert_close(whole(*args), model(*args))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_one_compile_serves_many_lengths(norm):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, counter = make(norm=norm, vocab=9, in_features=None), CompileCounter()
+    fast = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for L in (200, 216, 232, 264):
+            x, n = torch.randint(9, (2, L)), torch.tensor([L, 9])
+            torch.testing.assert_close(fast(x, n), model(x, n))
+    # and one more where the plan changes with the length
+    assert counter.frame_count <= 2
+
+
+def test_training_with_lengths_compiles():
+    torch._dynamo.reset()
+    model = make(norm="batch").train()
+    fast = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    x, n = noise(2, 40, 3), torch.tensor([40, 9])
+    torch.testing.assert_close(fast(x, n), model(x, n))
+
+
+# --- no second derivative is better than a wrong one
+
+
+def test_bands_refuse_to_be_differentiated_twice():
+    q, k, v = noise(3, 1, 2, 100, 8).requires_grad_()
+    out = las_attention(q, k, v, (0.1, 0.2), causal=False, method="linear")
+    with pytest.raises(RuntimeError, match="method='dense'"):
+        torch.autograd.grad(out.square().sum(), q, create_graph=True)
