@@ -455,8 +455,9 @@ def register_las(
     # when asked for: the library runs without
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    theirs = {"eager", *AttentionInterface().valid_keys()} - _OURS.keys()
-    if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in theirs:
+    table = AttentionInterface()
+    theirs = {n for n in table if getattr(table[n], "__name__", "") != "las"}
+    if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in {"eager", *theirs}:
         raise ValueError(
             "name must be a word of letters, digits, '-', '.' and '_' that is not an "
             f"attention of transformers; got {name!r}"
