@@ -267,7 +267,7 @@ def stored(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_recipe(
-    found: dict[str, Any],  # as from `stored`, or of an earlier version
+    found: dict[str, Any],  # as from stored, or of an earlier version
 ) -> Recipe:
     "The recipe in a record; raises `ValueError` for what this version does not know."
     settings = {}

@@ -164,7 +164,7 @@ def command_line(recipe: Recipe) -> str:
 
 # %% ../../nbs/recipe.ipynb #c0ffee10
 def read_command(
-    text: str,  # as from `command_line`
+    text: str,  # as from command_line
 ) -> Recipe:
     "The recipe that a command says, with today's defaults; raises `ValueError`."
     settings: dict[str, Any] = {}
