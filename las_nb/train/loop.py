@@ -729,7 +729,7 @@ class _listening:
         # that a terminal is gone is told several times: by shell, system and torchrun
         if self.trainer.signal and number == _HANGUP:
             return
-        if self.trainer.signal not in (None, _HANGUP):
+        if self.trainer.signal and self.trainer.signal != _HANGUP:
             raise KeyboardInterrupt
         self.trainer.signal = number
 
