@@ -3,6 +3,7 @@ torch's own layer, padding on every side."""
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from tiny_hf import TINY
 from las_nb.adapt import (
     las_step,
     masked_las_attention,
@@ -28,20 +29,7 @@ def attentions():
 
 def decoder(kind="Llama", **sizes):
     torch.manual_seed(0)
-    sizes = (
-        dict(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=None,
-        )
-        | sizes
-    )
+    sizes = TINY | dict(vocab_size=VOCAB) | sizes
     return getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(**sizes)
     ).eval()

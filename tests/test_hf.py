@@ -6,20 +6,11 @@ from las_nb import las_attention
 from las_nb.adapt import masked_las_attention, register_las
 from las_nb.las import POOLS, las_dense
 from las_nb.locality import decay_rates
+from tiny_hf import TINY
 
 tf = pytest.importorskip("transformers")
 VOCAB, L = 61, 14
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
+SIZES = TINY | dict(vocab_size=VOCAB)
 NAMES = ("hf-off", "hf-scores", "hf-weights", "hf-chunk")
 
 
