@@ -6,14 +6,15 @@
 __all__ = ["attend", "check_limits", "las_attention"]
 
 # %% ../../nbs/function.ipynb #4ea3f475
-import math, numbers
+import functools, importlib.util, math, numbers, os
 import torch, torch.nn.functional as F
 from typing import Any, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
-from .bands import decayed_sdpa, level, one_sided, two_sided
+from .bands import decayed_sdpa, level, one_sided, trusted, two_sided
 from .flex import flex_attend
-from .plan import Group, METHODS, TOL, is_small, keeps_bound, plan_call
+from .plan import Group, METHODS, TOL, is_small, keeps_bound
+from .plan import head_bounds, plan_call
 from ..las import las_dense
 from ..locality import check_rates
 from ..padding import key_mask, whole_lengths
@@ -190,6 +191,121 @@ def _las_fast(
     return _or_nan(o[..., :Dv].to(dtype), kept)
 
 
+# %% ../../nbs/function.ipynb #c0ffee42
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"  # runs kernels on the CPU
+
+
+def _why_not_fused(
+    q: torch.Tensor, v: torch.Tensor, window: Window
+) -> str | None:  # what it needs, if something is missing
+    "Why a call cannot go to the GPU kernel."
+    if not _HAS_TRITON:
+        return "the package triton"
+    if q.device.type != "cuda" and not _INTERPRETS:
+        return "a GPU"
+    if q.dtype == torch.float64:
+        return "float32 or half precision"
+    if max(q.shape[3], v.shape[3]) > 128:
+        return "heads of width 128 at most"
+    if isinstance(window, torch.Tensor) and window.requires_grad:
+        return "weights of the window that are not trained"
+    return None
+
+
+def _takes_fused(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    speeds: tuple[float, ...],  # decay rate per head
+    window: Window,  # W, or its weights, newest key first
+    method: str,  # see las_attention
+) -> bool:
+    """Is a call for the GPU kernel? Raises `ValueError` where it is asked for and
+    cannot."""
+    if method not in ("auto", "triton"):
+        return False
+    why = _why_not_fused(q, v, window)
+    if method == "triton" and why:
+        raise ValueError(f"method 'triton' needs {why}; use 'auto'")
+    if method == "triton" or why or q.device.type != "cuda":
+        return method == "triton"
+    # plain attention is torch's own
+    if not any(speeds) and is_one(window):
+        return False
+    where = q.device, q.dtype
+    width = max(q.shape[3], v.shape[3])
+    size = next(w for w in (16, 32, 64, 128) if w >= width)
+    kernel = f"triton (width {size})"
+    return trusted(kernel, *where, lambda: _fused_error(*where, size))
+
+
+# %% ../../nbs/function.ipynb #c0ffee43
+def _fused_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    "How far the GPU kernel is from the matrix, forward and backward, with far keys."
+    g = torch.Generator().manual_seed(0)
+    up, *a = (torch.randn(1, 2, 400, width, generator=g) for _ in range(4))
+    speeds, found = (0.0, 0.5), []
+    for method, kind in (("triton", (device, dtype)), ("dense", (device,))):
+        mine = [t.to(*kind).requires_grad_() for t in a]
+        o = las_attention(*mine, speeds, method=method, tol=1e-3)
+        grads = torch.autograd.grad(o, mine, up.to(*kind))
+        found.append([t.double() for t in (o, *grads)])
+    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(*found))
+
+
+def _as_tuple(window: Window) -> Any:
+    "A window that can be the key of a table."
+    if isinstance(window, torch.Tensor):
+        window = window.tolist()
+    many = isinstance(window, (tuple, list))
+    return tuple(map(_as_tuple, window)) if many else window
+
+
+def _las_fused(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    speeds: tuple[float, ...],  # the rates as numbers
+    window: Window,  # W, or its weights, newest key first
+    pool: str,  # average "scores" or "weights"
+    causal: bool,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+    method: str,  # "auto" or "triton"
+    tol: float | None,  # error allowed; None = `TOL`
+    score_bound: float | tuple[float, ...] | None,  # see las_attention
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "By the GPU kernel: one call for all heads; padding comes cleared."
+    from las_nb.fast.fused import fused_attention, smooth_rows
+
+    D, Dv, dtype = q.shape[3], v.shape[3], v.dtype
+    tol = TOL[dtype] if tol is None else tol
+    kept = None if score_bound is None else keeps_bound(q, k, score_bound)
+    if pool == "weights":
+        tol = tol / max(1.0, _window_gain(window))
+        v, window = smooth_values(v, window, causal, lengths), 1
+    bounds = None
+    if score_bound is not None:
+        gain = _window_gain(window)
+        bounds = tuple(s * gain for s in head_bounds(score_bound, len(speeds)))
+    if not causal:  # keys are smoothed and rescaled twice: in single precision
+        q, k, v = q.float(), k.float(), v.float()
+        q = q * math.sqrt(max(D, Dv) / D)
+    if D != Dv:
+        q, k, v = (F.pad(t, (0, max(D, Dv) - t.shape[3])) for t in (q, k, v))
+    one = functools.partial(fused_attention, speeds=speeds, tol=tol, bounds=bounds)
+    if not causal:
+        o = two_sided(q, k, v, rates, window, None, lengths, one)
+        return _or_nan(o[..., :Dv].to(dtype), kept)
+    if not is_one(window):
+        k = smooth_rows(k, speeds, _as_tuple(window))
+    if any(speeds):
+        o, _ = one(q, k, v, scale=D**-0.5)
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=D**-0.5)
+    return _or_nan(o[..., :Dv], kept)
+
+
 # %% ../../nbs/function.ipynb #6e55808d
 def _all_between(low: float, values: Any, high: float) -> bool:
     "Is every one a number, not a tensor, from `low` up to, not including, `high`?"
@@ -288,7 +404,7 @@ def las_attention(
     causal: bool = True,  # may query `i` see keys `j <= i` only?
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
-    # "dense", "sdpa", "flex" or "linear"; "auto" picks per head, see plan
+    # "dense", "sdpa", "flex", "linear" or "triton"; "auto" picks, see plan
     method: str = "auto",
     # error allowed for far keys, relative to the largest value; None = `TOL`
     tol: float | None = None,
@@ -300,11 +416,12 @@ def las_attention(
     """Local and smooth attention; plain attention with `window=1` and all rates 0.
 
     "dense" writes the matrix down; "sdpa" and "flex" compute the same without it;
-    "linear", and "auto" where it pays, keep the error below `tol` times the largest
-    value of a head, and with a fixed `score_bound` each output depends on its own past
-    only, bit for bit. Rounding comes on top: in float64 and float32 that of the matrix
-    in the same dtype; float16 and bfloat16 are computed in float32, and outputs rounded
-    once (plain attention is torch's own in every dtype). Gradients reach q, k, v and a
+    "linear", "triton" (a kernel for GPUs), and "auto" where it pays, keep the error
+    below `tol` times the largest value of a head, and with a fixed `score_bound` each
+    output depends on its own past only, bit for bit. Rounding comes on top: in float64
+    and float32 that of the matrix in the same dtype; float16 and bfloat16 are computed
+    in float32, and outputs rounded once ("triton", causal: in half precision, keys
+    rounded once after smoothing; plain attention is torch's own in every dtype). Gradients reach q, k, v and a
     tensor of a window's weights; those of `rates` need "dense" (which "auto" then
     takes). Raises `ValueError` for arguments that are not allowed, a rate too large for
     "sdpa", or, with every method, scores above `score_bound` (compiled: NaN).
@@ -334,4 +451,6 @@ def las_attention(
     options = window, pool, causal, lengths, method, tol, score_bound
     # the inputs' own dtype, in every step
     with torch.autocast(q.device.type, enabled=False):
+        if _takes_fused(q, v, speeds, window, method):
+            return _las_fused(q, k, v, rates, speeds, *options)
         return _las_fast(q, k, v, rates, speeds, *options)

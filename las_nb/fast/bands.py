@@ -14,9 +14,10 @@ __all__ = [
     "overlap_add",
     "tiles",
     "lower_right",
-    "kernel_for",
     "flash",
     "flash_backward",
+    "trusted",
+    "kernel_for",
     "far_error",
     "far_delta",
     "Band",
@@ -34,7 +35,8 @@ __all__ = [
 # %% ../../nbs/15_fast.ipynb #0c1defcb
 import math
 import torch, torch.nn.functional as F
-from typing import Any, NamedTuple, Sequence
+import warnings
+from typing import Any, Callable, NamedTuple, Sequence
 from ..padding import real_keys, whole_lengths
 from ..smoothing import Window, edge_scale, smooth_keys, turned, weights_like
 from ..smoothing import window_sides
@@ -170,8 +172,8 @@ def lower_right(
 
 
 # %% ../../nbs/15_fast.ipynb #90d066db
-def kernel_for(x: torch.Tensor) -> str | None:
-    "Which of torch's fused kernels takes `x`; `None` = plain matrix products."
+def _native(x: torch.Tensor) -> str | None:
+    "Which of torch's fused kernels is made for `x`; `None` = plain matrix products."
     if x.device.type == "cpu":
         return "cpu"
     if (
@@ -190,12 +192,20 @@ def kernel_for(x: torch.Tensor) -> str | None:
 
 
 # %% ../../nbs/15_fast.ipynb #fc91b6f0
+def _dense_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    "The same, copied where the entries of a row do not lie side by side."
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
 def flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, kind: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Attention of `b` queries `(N, n, b, D)` to `K` keys `(N, n, K, D)`, masked by
-    `lower_right`: output, log of the denominators, what the backward needs."""
-    b, K, kind = q.shape[-2], k.shape[-2], kernel_for(q)
+    `lower_right`, by the kernel of that `kind`: output, log of the denominators, what
+    the backward needs."""
+    b, K = q.shape[-2], k.shape[-2]
+    # torch's CPU kernel takes every row as dense, unchecked; those of GPUs refuse
+    q, k, v = _dense_rows(q, k, v)
     if kind == "cpu":
         mask = None if b == K else lower_right(b, K, q.dtype)
         return *aten._scaled_dot_product_flash_attention_for_cpu(
@@ -233,9 +243,11 @@ def flash_backward(
     lse: torch.Tensor,  # log of the denominators `(N, n, b)`
     rest: Any,  # what else flash gave
     scale: float,  # factor of the scores, as in flash
+    kind: str | None,  # as in flash
 ) -> tuple[torch.Tensor, ...]:
     "Gradients of queries, keys and values, from the gradient `g` of the output."
-    b, K, kind = q.shape[-2], k.shape[-2], kernel_for(q)
+    b, K = q.shape[-2], k.shape[-2]
+    g, q, k, v, o = _dense_rows(g, q, k, v, o)
     if kind == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, o, lse, 0.0, b == K, attn_mask=rest[0], scale=scale
@@ -275,6 +287,59 @@ def flash_backward(
         ds.transpose(-2, -1).to(q.dtype) @ q,
         p.transpose(-2, -1).to(g.dtype) @ g,
     )
+
+
+# %% ../../nbs/15_fast.ipynb #c0ffee41
+_TRUSTED: dict[tuple[str, torch.device, torch.dtype], bool] = {}
+
+
+def trusted(
+    kernel: str,  # its name, for the warning
+    device: torch.device,
+    dtype: torch.dtype,
+    error: Callable[[], float],  # of a small case, relative
+) -> bool:
+    """Does a kernel compute what it should, on this device and in this dtype? Tried at
+    first use; warns once where not."""
+    key = kernel, device, dtype
+    if key in _TRUSTED or torch.compiler.is_compiling():
+        return _TRUSTED.get(key, True)
+    _TRUSTED[key], why = False, "it fails"
+    most = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    try:
+        with torch.enable_grad(), torch.inference_mode(False):
+            off = error()
+        _TRUSTED[key], why = off < most, f"it is off by {off:.0e}"
+    except Exception as e:
+        why = f"it fails ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+    if not _TRUSTED[key]:
+        warnings.warn(
+            f"the {kernel} kernel is not used on {device} in {str(dtype)[6:]}: {why}; "
+            "please report this with the output of `python -m las_nb`"
+        )
+    return _TRUSTED[key]
+
+
+def _kernel_error(kind: str, device: torch.device, dtype: torch.dtype) -> float:
+    "How far one of torch's kernels is from plain products, forward and backward."
+    g = torch.Generator().manual_seed(0)
+    sizes = [(24, 16), (24, 16), (40, 16), (40, 16)]
+    up, q, k, v = (torch.randn(1, 2, *s, generator=g).to(device, dtype) for s in sizes)
+    found = []
+    for kernel in (kind, None):
+        o, lse, rest = flash(q, k, v, 0.25, kernel)
+        grads = flash_backward(up, q, k, v, o, lse, rest, 0.25, kernel)
+        found.append([t.double() for t in (o, lse, *grads)])
+    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(*found))
+
+
+def kernel_for(x: torch.Tensor) -> str | None:
+    "Which of torch's fused kernels takes `x`; `None` = plain matrix products."
+    kind, where = _native(x), (x.device, x.dtype)
+    if kind in (None, "cpu"):
+        return kind
+    works = trusted(kind, *where, lambda: _kernel_error(kind, *where))
+    return kind if works else None
 
 
 # %% ../../nbs/15_fast.ipynb #d4f269c2
@@ -398,12 +463,13 @@ class _DecayedWindows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         N, scale = q.shape[:2], q.shape[-1] ** -0.5
         *x, _, _ = tiles(q, k, v, rates, b)
-        o, lse, ctx.rest = flash(*x, scale)
+        kind = kernel_for(q)
+        o, lse, ctx.rest = flash(*x, scale, kind)
         o, lse = o.unflatten(0, N), lse.unflatten(0, N)  # (B, H, n, b, D), (B, H, n, b)
         if far_o is not None:
             o, lse = _add_far(o, lse, far_o, far_lse)
         ctx.save_for_backward(q, k, v, rates, far_o, far_lse, o, lse)
-        ctx.b = b
+        ctx.b, ctx.kind = b, kind
         return o.flatten(2, 3), lse.flatten(2, 3)  # (B, H, n * b, D), (B, H, n * b)
 
     @staticmethod
@@ -426,7 +492,7 @@ class _DecayedWindows(torch.autograd.Function):
             g_lse = g_lse.unflatten(2, (-1, b))
             args = [F.pad(t, (0, 8)) for t in args]
             args[0][..., D], args[3][..., D] = g_lse.flatten(0, 1), 1
-        grads = flash_backward(*args, lse.flatten(0, 1), ctx.rest, D**-0.5)
+        grads = flash_backward(*args, lse.flatten(0, 1), ctx.rest, D**-0.5, ctx.kind)
         gq, gk, gv = (t[..., :D].unflatten(0, N) for t in grads)
         gq = (gq * qf).to(q.dtype).flatten(2, 3)
         gk = overlap_add(gk * kf, b).to(k.dtype)
@@ -593,6 +659,8 @@ def two_sided(
     band: Band | None = None,
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
+    # what takes the place of one_sided, from queries, keys and values alone
+    sided: Callable[..., Sequence[torch.Tensor]] | None = None,
 ) -> torch.Tensor:  # `(B, H, L, D)`
     """Bidirectional attention with decayed, smoothed scores: what lies before, what
     lies after, and the few keys between."""
@@ -608,13 +676,9 @@ def two_sided(
         near = torch.tensor([ahead - g], dtype=torch.float64, device=q.device)
         taps = window if before else turned(window)
         keys = rescale(smooth_keys(a[1], rates, taps, ahead, lengths), rates, near)
-        o, lse = one_sided(
-            a[0][:, :, g:],
-            keys[:, :, : L - g],
-            a[2][:, :, : L - g],
-            rates,
-            band if band and band.block + band.reach < L - g else None,
-        )
+        piece = a[0][:, :, g:], keys[:, :, : L - g], a[2][:, :, : L - g]
+        cut = band if band and band.block + band.reach < L - g else None
+        o, lse = sided(*piece) if sided else one_sided(*piece, rates, cut)
         o, lse = F.pad(o, (0, 0, g, 0)), F.pad(lse, (g, 0), value=-math.inf)
         parts.append(
             (o, lse)

@@ -8,7 +8,7 @@ __all__ = ["compiled_flex", "flex_attend"]
 # %% ../../nbs/flex.ipynb #8cd75c1a
 import functools
 import torch
-from typing import Callable
+from typing import Any, Callable
 from .bands import diagonal_scores, flip_real
 from ..padding import whole_lengths
 from ..smoothing import Window, is_one, smooth_keys, turned, window_sides
@@ -18,10 +18,20 @@ from ..smoothing import Window, is_one, smooth_keys, turned, window_sides
 @functools.cache
 def compiled_flex() -> Callable[..., torch.Tensor]:
     """FlexAttention, compiled at first use, and again for every new shape: with sizes
-    left open, the kernel for CPUs does not compile."""
+    left open, the kernel for CPUs does not compile. Raises `RuntimeError` after 64
+    shapes, where torch would go on without its kernel."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    call = torch.compile(flex_attention, dynamic=False)
+    limits = dict(recompile_limit=64, fail_on_recompile_limit_hit=True)
+
+    def attend(*args: Any, **kw: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return call(*args, **kw)
+        with torch._dynamo.config.patch(**limits):
+            return call(*args, **kw)
+
+    return attend
 
 
 # %% ../../nbs/flex.ipynb #fa05b8ba

@@ -14,6 +14,7 @@ __all__ = [
     "is_small",
     "ways",
     "plan",
+    "head_bounds",
     "keeps_bound",
     "plan_call",
 ]
@@ -106,7 +107,7 @@ TOL = {
     torch.float32: 1e-4,
     torch.float64: 1e-10,
 }
-METHODS = ("auto", "dense", "sdpa", "flex", "linear")
+METHODS = ("auto", "dense", "sdpa", "flex", "linear", "triton")
 # of a band: per key, per query and per call, in keys of torch's attention
 _COSTS = {"cpu": (1.3, 150, 4e5), "cuda": (1.1, 900, 2e8), "linear": (1, 0, 0)}
 
@@ -254,7 +255,7 @@ def _round_up(bound: float) -> float:
 
 
 # %% ../../nbs/plan.ipynb #ad4824e5
-def _each_head(
+def head_bounds(
     bound: float | tuple[float, ...] | list[float], n_heads: int
 ) -> tuple[float, ...]:
     "One bound for every head."
@@ -269,7 +270,7 @@ def keeps_bound(
     """Raise `ValueError` if the norms of queries and keys allow a score above
     `score_bound`, whatever the plan. A compiled call cannot raise: it learns whether
     they do not, to turn its output into NaN."""
-    bounds, found = _each_head(score_bound, q.shape[1]), score_bounds(q, k)
+    bounds, found = head_bounds(score_bound, q.shape[1]), score_bounds(q, k)
     kept = found <= torch.tensor(bounds, dtype=found.dtype, device=q.device)
     if torch.compiler.is_compiling():
         return kept.all()
@@ -317,5 +318,5 @@ def plan_call(
             return groups, None
         found = _level_bounds(q, k).tolist()
         return make(bounds=tuple(_round_up(s * gain) for s in found)), None
-    bounds = _each_head(score_bound, len(rates))
+    bounds = head_bounds(score_bound, len(rates))
     return make(bounds=tuple(s * gain for s in bounds)), keeps_bound(q, k, score_bound)
