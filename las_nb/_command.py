@@ -111,10 +111,18 @@ class _Words:
 
 # %% ../nbs/command.ipynb #c0ffee04
 def _in_one_line(text: str) -> str:
-    "What tyro draws as a box of several paragraphs: the first, in one line."
-    lines = [line.strip("│ ") for line in text.splitlines() if line[:1] == "│"]
-    rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-    first = re.sub(r"\s+", " ", " ".join(lines[:rule])).partition(" Got errors")[0]
+    """What tyro draws as a box of several paragraphs, or as plain lines where the
+    terminal has no such characters: the first that is no title, in one line."""
+    lines = [line.strip("│ ") for line in text.splitlines() if line[:1] not in "╭╰"]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line and set(line) <= set("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    boxed = "╭" in text or len(parts) == 1
+    said = " ".join(parts[0] if boxed else parts[1])
+    first = re.sub(r"\s+", " ", said).partition(" Got errors")[0]
     first = re.sub(r"^Error parsing \w+: ", "", first)  # a whole group
     return first.removesuffix(" (required)").strip() or text.strip()
 

@@ -268,9 +268,9 @@ def _backward_keys(
 # kernel -> for half and single precision -> for widths up to 64, and above:
 # queries and keys in a tile, warps, stages
 _SIZES = {
-    "forward": (((128, 64, 4, 3), (128, 64, 8, 3)), ((64, 32, 4, 2), (64, 32, 4, 2))),
-    "queries": (((128, 64, 8, 3), (128, 64, 8, 2)), ((64, 32, 4, 2), (64, 32, 4, 1))),
-    "keys": (((64, 128, 8, 3), (64, 128, 8, 2)), ((32, 64, 4, 2), (32, 64, 4, 1))),
+    "forward": (((64, 64, 4, 3), (64, 64, 4, 3)), ((128, 64, 8, 2), (64, 32, 4, 2))),
+    "queries": (((64, 64, 4, 3), (128, 64, 8, 2)), ((64, 32, 4, 2), (64, 32, 4, 1))),
+    "keys": (((64, 64, 4, 3), (32, 128, 8, 3)), ((32, 128, 8, 2), (32, 64, 4, 1))),
 }
 
 
@@ -396,18 +396,21 @@ _backward_op = torch.library.custom_op(
 
 
 @_smooth_op.register_fake
-def _(x, taps, edges, back):
+def _smooth_shapes(x, taps, edges, back):
+    "Shapes of what the operation gives."
     return _new(x)
 
 
 @_forward_op.register_fake
-def _(q, k, v, rates, reach, scale, delta):
+def _forward_shapes(q, k, v, rates, reach, scale, delta):
+    "Shapes of what the operation gives."
     lse = torch.empty(q.shape[:3], device=q.device)
     return _new(q), lse, torch.empty(q.shape[1], dtype=torch.int32, device=q.device)
 
 
 @_backward_op.register_fake
-def _(q, k, v, o, g, lse, g_lse, rates, reach, scale):
+def _backward_shapes(q, k, v, o, g, lse, g_lse, rates, reach, scale):
+    "Shapes of what the operation gives."
     return _new(q), _new(k), _new(v)
 
 
@@ -480,7 +483,13 @@ def _once() -> None:
 
 
 # %% ../../nbs/fused.ipynb #fc04c524
-@functools.lru_cache(256)
+def _kept(make: Any) -> Any:
+    "A function whose results are kept; a compiler sees it bare."
+    kept = functools.lru_cache(256)(make)
+    return lambda *args: (make if torch.compiler.is_compiling() else kept)(*args)
+
+
+@_kept
 def _tables(
     speeds: tuple[float, ...],  # decay rate of every head
     window: Any,  # W, or its weights as a tuple, or one per head
@@ -489,28 +498,31 @@ def _tables(
     torch.Tensor, ...
 ]:  # rates for powers of two `(H,)`, taps and edges `(H, W)`
     "What kernels know of their heads, in float32."
-    with torch.inference_mode(False), torch.device("cpu"):
-        r = torch.tensor(speeds, dtype=torch.float64)
-        w = window_weights(window, len(speeds)).double().expand(len(speeds), -1)
-        taps = w * torch.exp(-r[:, None] * torch.arange(w.shape[-1]))
+    with torch.inference_mode(False):
+        r = torch.tensor(speeds, dtype=torch.float64, device="cpu")
+        w = window_weights(window, len(speeds), "cpu").double()
+        w = w.expand(len(speeds), -1)
+        taps = w * torch.exp(-r[:, None] * torch.arange(w.shape[-1], device="cpu"))
         exist = w.abs().cumsum(1)
         edges = w.abs().sum(1, keepdim=True) / exist.masked_fill(exist == 0, 1)
         found = r * _LOG2E, taps, edges
         return tuple(t.float().contiguous().to(device) for t in found)
 
 
-@functools.lru_cache(256)
+@_kept
 def _known_reach(
     speeds: tuple[float, ...],
     bounds: tuple[float, ...],
     tol: float,
     device: torch.device,
 ) -> torch.Tensor:  # `(H,)`, int32
-    "How many tiles before its own a query reads, where scores are known to be bounded."
+    "How many tiles before its own a query reads, where scores have a known bound."
     delta, tiles = far_delta(tol), []
     for rate, bound in zip(speeds, bounds):
-        steps = 1e8 if rate == 0 or delta == 0 else math.log(bound / delta) / rate
-        tiles.append(0 if bound <= delta else math.ceil(min(steps, 1e8) / _TILE))
+        steps = 0.0 if bound <= delta else 1e8
+        if rate > 0 and 0 < delta < bound:
+            steps = min(math.log(bound / delta) / rate, 1e8)
+        tiles.append(math.ceil(steps / _TILE))
     with torch.inference_mode(False):
         return torch.tensor(tiles, dtype=torch.int32, device=device)
 
