@@ -253,6 +253,7 @@ def _fused_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
     return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(*found))
 
 
+# %% ../../nbs/function.ipynb #6d4a6e6b
 def _as_tuple(window: Window) -> Any:
     "A window that can be the key of a table."
     if isinstance(window, torch.Tensor):
@@ -416,12 +417,11 @@ def las_attention(
     """Local and smooth attention; plain attention with `window=1` and all rates 0.
 
     "dense" writes the matrix down; "sdpa" and "flex" compute the same without it;
-    "linear", "triton" (a kernel for GPUs), and "auto" where it pays, keep the error
-    below `tol` times the largest value of a head, and with a fixed `score_bound` each
-    output depends on its own past only, bit for bit. Rounding comes on top: in float64
-    and float32 that of the matrix in the same dtype; float16 and bfloat16 are computed
-    in float32, and outputs rounded once ("triton", causal: in half precision, keys
-    rounded once after smoothing; plain attention is torch's own in every dtype). Gradients reach q, k, v and a
+    "linear", "triton" (for GPUs), and "auto" where it pays, keep the error below `tol`
+    times the largest value of a head; with a fixed `score_bound` each output depends on
+    its own past only, bit for bit. Rounding comes on top: that of the matrix in float64
+    and float32; half precision is computed in float32 and rounded once ("triton",
+    causal: as FlashAttention does; plain attention is torch's own in every dtype). Gradients reach q, k, v and a
     tensor of a window's weights; those of `rates` need "dense" (which "auto" then
     takes). Raises `ValueError` for arguments that are not allowed, a rate too large for
     "sdpa", or, with every method, scores above `score_bound` (compiled: NaN).
@@ -449,8 +449,6 @@ def las_attention(
         return _unfold_chunks(las_attention(*blocks, speeds or rates, *options), B, L)
     speeds = speeds or tuple(rates.tolist())
     options = window, pool, causal, lengths, method, tol, score_bound
-    # the inputs' own dtype, in every step
-    with torch.autocast(q.device.type, enabled=False):
-        if _takes_fused(q, v, speeds, window, method):
-            return _las_fused(q, k, v, rates, speeds, *options)
-        return _las_fast(q, k, v, rates, speeds, *options)
+    with torch.autocast(q.device.type, enabled=False):  # every step in its own dtype
+        way = _las_fused if _takes_fused(q, v, speeds, window, method) else _las_fast
+        return way(q, k, v, rates, speeds, *options)

@@ -167,6 +167,7 @@ def _into_query(q, k, v, g, lse, delta, dq, dec, seen, MASKED: tl.constexpr,
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=IP)
 
 
+# %% ../../nbs/fused.ipynb #dc80e512
 @triton.jit
 def _backward_queries(
     Q, K, V, O, G, LSE, G_LSE, RATES, REACH, DQ, DELTA, FAR, H, L, D, scale,
@@ -317,6 +318,7 @@ def _smooth_call(
     return y
 
 
+# %% ../../nbs/fused.ipynb #952f19f4
 def _forward_call(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -351,6 +353,7 @@ def _forward_call(
     return o, lse, reach
 
 
+# %% ../../nbs/fused.ipynb #2178d1d4
 def _backward_call(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -440,6 +443,7 @@ class _Smooth(torch.autograd.Function):
         return _either(_smooth_call, _smooth_op)(g, taps, edges, True), None, None
 
 
+# %% ../../nbs/fused.ipynb #247d7f16
 class _Fused(torch.autograd.Function):
     "Causal attention with decayed scores: output, log of the denominators."
 
@@ -527,6 +531,7 @@ def _known_reach(
         return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
+# %% ../../nbs/fused.ipynb #9bce5eca
 def smooth_rows(
     x: torch.Tensor,  # `(B, H, L, D)`
     speeds: tuple[float, ...],  # decay rate of every head, per step
