@@ -10,7 +10,7 @@ from las_nb.mixers import Performer, influence, linear_attention
 from las_nb.mixers.convolution import long_conv
 from las_nb.fast import las_attention
 from las_nb.positions import rotate
-from las_nb.kernels import ema_kernel, hyena_kernel, s4d_kernel
+from las_nb.conv_kernels import ema_kernel, hyena_kernel, s4d_kernel
 from las_nb.mixers import MIXERS, mixer_options, register_mixer
 from las_nb.model import LaSTransformer
 from las_nb.train import parameter_groups

@@ -3,7 +3,7 @@ made: constants are never rounded to half precision, or once at the end."""
 
 import pytest, torch
 from las_nb import LaSTransformer
-from las_nb.kernels import hyena_kernel
+from las_nb.conv_kernels import hyena_kernel
 from las_nb.locality import decay_rates
 from las_nb.mixers import LaSAttention
 

@@ -407,8 +407,7 @@ def las_attention(
     lengths: torch.Tensor | None = None,
     # "dense", "sdpa", "flex", "linear" or "triton"; "auto" picks, see plan
     method: str = "auto",
-    # error allowed for far keys, relative to the largest value; None = `TOL`
-    tol: float | None = None,
+    tol: float | None = None,  # error allowed for far keys; None = `TOL`
     # S, for all heads or each: no score is larger before smoothing; None = measured
     score_bound: float | tuple[float, ...] | None = None,
     # block length of LaS-chunk: attention stays inside blocks; None = one block

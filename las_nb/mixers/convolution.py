@@ -10,7 +10,7 @@ import math
 import torch, torch.nn.functional as F
 from typing import Sequence
 from torch import nn
-from ..kernels import causal_conv
+from ..conv_kernels import causal_conv
 from .linear import within
 from .register import register_mixer
 from ..padding import clear_padding
