@@ -420,11 +420,11 @@ def las_attention(
     times the largest value of a head; with a fixed `score_bound` each output depends on
     its own past only, bit for bit. Rounding comes on top: that of the matrix in float64
     and float32; half precision is computed in float32 and rounded once ("triton",
-    causal: as FlashAttention does; plain attention is torch's own in every dtype). Gradients reach q, k, v and a
-    tensor of a window's weights; those of `rates` need "dense" (which "auto" then
-    takes). Raises `ValueError` for arguments that are not allowed, a rate too large for
-    "sdpa", or, with every method, scores above `score_bound` (compiled: NaN).
-    Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
+    causal: as FlashAttention does; plain attention is torch's own in every dtype).
+    Gradients reach q, k, v and a tensor of a window's weights; those of `rates` need
+    "dense" (which "auto" then takes). Raises `ValueError` for arguments that are not
+    allowed, a rate too large for "sdpa", and scores above `score_bound` (compiled:
+    NaN). Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
     lengths = None if lengths is None else whole_lengths(lengths)
     B, L, speeds, (q, k, v) = q.shape[0], q.shape[2], None, one_dtype(q, k, v)
