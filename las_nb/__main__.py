@@ -19,6 +19,7 @@ import platform, sys
 import torch
 from importlib import metadata
 from .fast import las_attention
+from .fast.api import gpu_kernels
 from .las import las_dense
 from .locality import decay_rates
 
@@ -114,6 +115,10 @@ def main() -> int:  # 0 if every device is well, else 1
     )
     print(", ".join(f"{p} {version(p)}" for p in OPTIONAL))
     print("devices: " + ", ".join(map(device_line, devices())))
+    for device in devices():
+        if kernels := gpu_kernels(device):
+            words = [f"{k} {'ok' if ok else 'NOT USED'}" for k, ok in kernels.items()]
+            print(f"kernels on {device}: {', '.join(words)}")
     well, words = zip(*map(report, devices()))
     print(f"health: {'ok' if all(well) else 'NOT WELL'}; {'; '.join(words)}")
     return 0 if all(well) else 1

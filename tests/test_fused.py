@@ -2,7 +2,7 @@
 computes, far tiles included, its gradients, its limits, and the check before its first
 use."""
 
-import itertools, math, os, subprocess, sys
+import importlib, itertools, math, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from las_nb import decay_rates, las_attention, las_dense
@@ -233,7 +233,7 @@ def test_a_wrong_kernel_is_found_out(monkeypatch, untried):
 
     real_back = bands.flash_backward
     monkeypatch.setattr(bands, "flash", wrong)
-    monkeypatch.setattr(bands, "_native", lambda x: "efficient")
+    monkeypatch.setattr(bands, "made_for", lambda x: "efficient")
     monkeypatch.setattr(bands, "flash_backward", lambda *a: real_back(*a[:-1], None))
     a, up = inputs(400)
     want = with_gradients(lambda *a: las_dense(*a, torch.tensor(SPEEDS)), a, up)
@@ -255,6 +255,16 @@ def test_a_kernel_that_fails_is_found_out(untried):
         assert not bands.trusted("own", *where, fails)
     assert not bands.trusted("own", *where, lambda: 0.0)  # asked once
     assert bands.trusted("other", *where, lambda: 0.0)
+
+
+def test_the_health_check_names_kernels(monkeypatch, capsys):
+    main = importlib.import_module("las_nb.__main__")
+    seen = {"efficient float32": True, "triton float32": False}
+    monkeypatch.setattr(main, "gpu_kernels", lambda device: seen)
+    assert main.main() == 0
+    said = capsys.readouterr().out
+    assert "kernels on cpu: efficient float32 ok, triton float32 NOT USED" in said
+    assert api.gpu_kernels("cpu") == {}
 
 
 @pytest.mark.parametrize("width", [16, 64])

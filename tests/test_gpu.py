@@ -4,6 +4,7 @@ of this is skipped."""
 import pytest, torch
 from las_nb import LaSTransformer, decay_rates, las_attention, las_dense
 from las_nb.__main__ import MOST_ERROR, health
+from las_nb.fast.api import gpu_kernels
 from las_nb.mixers import MIXERS
 from las_nb.train import Trainer, preset
 from tiny_hf import TINY
@@ -44,6 +45,8 @@ def check(got, want, most, real=slice(None)):
 
 def test_health():
     assert health("cuda:0") < MOST_ERROR
+    kernels = gpu_kernels("cuda:0")
+    assert kernels and all(kernels.values())
 
 
 @pytest.mark.parametrize("dtype", ERRORS)

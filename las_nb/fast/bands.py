@@ -14,6 +14,7 @@ __all__ = [
     "overlap_add",
     "tiles",
     "lower_right",
+    "made_for",
     "flash",
     "flash_backward",
     "trusted",
@@ -172,7 +173,7 @@ def lower_right(
 
 
 # %% ../../nbs/15_fast.ipynb #90d066db
-def _native(x: torch.Tensor) -> str | None:
+def made_for(x: torch.Tensor) -> str | None:
     "Which of torch's fused kernels is made for `x`; `None` = plain matrix products."
     if x.device.type == "cpu":
         return "cpu"
@@ -335,7 +336,7 @@ def _kernel_error(kind: str, device: torch.device, dtype: torch.dtype) -> float:
 
 def kernel_for(x: torch.Tensor) -> str | None:
     "Which of torch's fused kernels takes `x`; `None` = plain matrix products."
-    kind, where = _native(x), (x.device, x.dtype)
+    kind, where = made_for(x), (x.device, x.dtype)
     if kind in (None, "cpu"):
         return kind
     works = trusted(kind, *where, lambda: _kernel_error(kind, *where))
