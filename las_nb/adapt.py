@@ -6,7 +6,7 @@
 __all__ = ["slide", "share_heads", "las_step", "masked_las_attention", "register_las"]
 
 # %% ../nbs/21_adapt.ipynb #3d9df12c
-import functools, inspect, re, warnings
+import functools, inspect, re, warnings, weakref
 import torch, torch.nn.functional as F
 from typing import Any, Callable
 from ._util import check_choice
@@ -158,6 +158,8 @@ def masked_las_attention(
     # how many places of a cache are filled, `()`; the queries stand in the last of
     # them. None = all
     filled: torch.Tensor | None = None,
+    # boundaries of packed documents, where there is no mask; see las_attention
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:  # `(B, H, n, D)`; meaningless at padded positions
     """LaS attention as decoders call it: grouped heads, a key-padding mask, and queries
     of the newest tokens alone.
@@ -175,6 +177,8 @@ def masked_las_attention(
             "fewer queries than keys need causal=True, more are never allowed; got "
             f"{n} queries, {L} keys, causal={causal}"
         )
+    if cu_seqlens is not None and (mask is not None or n < L):
+        raise ValueError("cu_seqlens is for whole rows without a mask")
     lengths, start = None, torch.zeros(len(q), dtype=torch.long, device=q.device)
     if mask is not None:
         start, lengths = _real_span(mask, len(q), L)
@@ -187,7 +191,7 @@ def masked_las_attention(
         return las_step(q, k, v, rates, window, pool, end, chunk)
     if mask is not None:
         q = slide(q, start)
-    limits = method, tol, score_bound, chunk
+    limits = method, tol, score_bound, chunk, cu_seqlens
     o = las_attention(q, k, v, rates, window, pool, causal, lengths, *limits)
     return o if mask is None else slide(o, -start)
 
@@ -327,9 +331,9 @@ def _refuse_more(
         )
     if mask is not None and mask.ndim not in (0, 2):
         raise ValueError(
-            f"{name} has a mask {tuple(mask.shape)}; LaS does causality and padding, "
-            "not packed documents (position_ids that start anew), chunks, windows, "
-            "prefixes or masks of your own"
+            f"{name} has a mask {tuple(mask.shape)}; LaS does causality, padding, and, "
+            "without a cache, packed documents or chunks; not windows, prefixes or "
+            "masks of your own"
         )
     if _crosses(module):
         raise ValueError(
@@ -389,6 +393,49 @@ def _warn_if_other(module: torch.nn.Module, name: str) -> None:
         )
 
 
+# %% ../nbs/21_adapt.ipynb #c0ffee77
+# the last mask (weakly), how it was read, and the boundaries
+_LAST_MASK: list[Any] = [None, None, None]
+
+
+@torch.compiler.disable
+def _documents_of(
+    mask: torch.Tensor,  # boolean `(B or 1, 1, L, L)`: may a query see a key?
+    B: int,  # number of rows
+    causal: bool,  # may a query see earlier keys only?
+) -> torch.Tensor | None:  # `(N + 1,)`; `None` = they are not what it says
+    "Boundaries of packed documents, or chunks, read from their mask once for all."
+    last, asked, ends = _LAST_MASK
+    if last is not None and last() is mask and asked == (B, causal, mask._version):
+        return ends
+    ends = None
+    if (
+        mask.dtype == torch.bool
+        and mask.shape[1] == 1
+        and mask.shape[2] == mask.shape[3]
+    ):
+        seen = mask[:, 0]
+        begin = seen.int().argmax(-1)  # (B, L): the first key that a query sees
+        i = torch.arange(seen.shape[1], device=mask.device)
+        same = begin[:, :, None] == begin[:, None]
+        if torch.equal(seen, same & (i <= i[:, None]) if causal else same):
+            begins = (begin == i).expand(B, -1).flatten().nonzero()[:, 0]
+            ends = F.pad(begins, (0, 1), value=B * len(i))
+    _LAST_MASK[:] = weakref.ref(mask), (B, causal, mask._version), ends
+    return ends
+
+
+def _take_ends(wishes: dict[str, Any]) -> torch.Tensor | None:
+    """Boundaries of packed documents as FlashAttention takes them, out of the further
+    keywords of a layer; those that differ for keys stay among them, to be refused."""
+    q, k = wishes.get("cu_seq_lens_q"), wishes.get("cu_seq_lens_k")
+    if q is None or k is None or not torch.equal(q, k):
+        return None
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+        wishes.pop(name, None)
+    return q.long()
+
+
 # %% ../nbs/21_adapt.ipynb #5a1f0c17
 def _attention_of(
     name: str,
@@ -411,7 +458,12 @@ def _attention_of(
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         _warn_if_other(module, name)
-        mask, packed = attention_mask, None
+        causal = _is_causal(module, is_causal)
+        mask, packed, ends = attention_mask, None, _take_ends(kwargs)
+        if mask is not None and mask.ndim == 4:
+            found = _documents_of(mask, len(query), causal)
+            if found is not None and (ends is None or torch.equal(ends, found)):
+                mask, ends = None, found
         _refuse_more(module, mask, kwargs | dict(dropout=dropout))
         if mask is not None and mask.ndim == 0:
             mask, packed = None, ~mask
@@ -422,7 +474,7 @@ def _attention_of(
         # LaS divides by sqrt(D) itself
         if scaling is not None:
             query = query * (scaling * query.shape[-1] ** 0.5)
-        how = window, pool, _is_causal(module, is_causal), *limits
+        how = window, pool, causal, *limits, None, ends
         r = rates(query.shape[1])
         o = masked_las_attention(query, key, value, r, mask, *how)
         if packed is not None:
@@ -449,8 +501,8 @@ def register_las(
     """Add LaS attention to the table of Hugging Face transformers, under `name`.
 
     Needs `transformers` 5. Models raise `ValueError` where they ask for more than
-    causal or bidirectional attention with padding: dropout, windows, chunks, biases,
-    soft caps, sinks, packed rows, cross-attention. Source of the interface: the
+    causal or bidirectional attention with padding, or, without a cache, with packed
+    documents or chunks: dropout, windows, biases, soft caps, sinks, cross-attention. Source of the interface: the
     transformers documentation, "Attention Interface"."""
     # when asked for: the library runs without
     from transformers import AttentionInterface, AttentionMaskInterface

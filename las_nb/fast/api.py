@@ -18,7 +18,7 @@ from .plan import Group, METHODS, TOL, is_small, keeps_bound
 from .plan import head_bounds, plan_call
 from ..las import las_dense
 from ..locality import check_rates
-from ..padding import key_mask, whole_lengths
+from ..padding import documents, key_mask, transformed, whole_lengths
 from ..smoothing import Window, is_one, smooth_keys, smooth_values
 from ..smoothing import window_sides, window_weights
 
@@ -211,6 +211,8 @@ def _why_not_fused(
         return "heads of width 128 at most"
     if isinstance(window, torch.Tensor) and window.requires_grad:
         return "weights of the window that are not trained"
+    if transformed(q):
+        return "calls outside torch.func"
     return None
 
 
@@ -411,6 +413,55 @@ def _clean_inputs(
     return tuple(t.masked_fill(~real[:, None, :, None], 0) for t in (q, k, v))
 
 
+# %% ../../nbs/function.ipynb #c0ffee73
+def _by_matrix(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    window: Window,  # W, or its weights, newest key first
+    pool: str,  # average "scores" or "weights"
+    causal: bool,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+    score_bound: float | tuple[float, ...] | None,  # see las_attention
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "By las_dense, with the bound on scores checked."
+    o, kept = las_dense(q, k, v, rates, window, pool, causal, lengths), None
+    if score_bound is not None:
+        q, k, _ = _clean_inputs(q, k, v, rates, window, lengths)
+        kept = keeps_bound(q, k, score_bound)
+    return _or_nan(o, kept)
+
+
+def _by_documents(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor | tuple[float, ...],  # decay rate per head
+    lengths: torch.Tensor | None,  # must be None
+    cu_seqlens: torch.Tensor | Sequence[int],  # boundaries, see las_attention
+    *how: Any,  # window, pool, causal, method, tol, score_bound, chunk
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "Documents in padded batches of like lengths, and back into their rows."
+    if lengths is not None:
+        raise ValueError("give lengths (padded) or cu_seqlens (packed), not both")
+    check_qkv(q, k, v)
+    window, pool, causal, *limits = how
+    # (B, H, L, D) -> (H, B * L, D)
+    rows = [t.transpose(0, 1).flatten(1, 2) for t in (q, k, v)]
+    outputs, places = [], []
+    for where, n in documents(cu_seqlens, rows[0].shape[1]):
+        at, ends = where.to(q.device), n if n.min() < n.max() else None
+        batch = (t[:, at].transpose(0, 1) for t in rows)  # (n, H, m, D)
+        o = las_attention(*batch, rates, window, pool, causal, ends, *limits)
+        real = torch.arange(where.shape[1]) < n[:, None]
+        outputs.append(o.transpose(0, 1)[:, real.to(q.device)])
+        places.append(where[real])
+    order = torch.cat(places).argsort().to(q.device)
+    o = torch.cat(outputs, 1)[:, order]  # (H, B * L, D)
+    return o.unflatten(1, (len(q), -1)).transpose(0, 1)
+
+
 # %% ../../nbs/function.ipynb #08e58dbb
 def las_attention(
     q: torch.Tensor,  # queries `(B, H, L, D)`
@@ -431,8 +482,11 @@ def las_attention(
     score_bound: float | tuple[float, ...] | None = None,
     # block length of LaS-chunk: attention stays inside blocks; None = one block
     chunk: int | None = None,
+    # boundaries `(N + 1,)` of documents packed end to end, from 0 to `B * L`
+    cu_seqlens: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:  # `(B, H, L, D)`, the dtype of `v`; meaningless at padded positions
-    """Local and smooth attention; plain attention with `window=1` and all rates 0.
+    """Local and smooth attention; plain attention with `window=1` and all rates 0. Of
+    `lengths` and `cu_seqlens` one may be given: packed documents do not see each other.
 
     "dense" writes the matrix down; "sdpa" and "flex" compute the same without it;
     "linear", "triton" (for GPUs), and "auto" where it pays, keep the error below `tol`
@@ -440,11 +494,14 @@ def las_attention(
     its own past only, bit for bit. Rounding comes on top: that of the matrix in float64
     and float32; half precision is computed in float32 and rounded once ("triton",
     causal: as FlashAttention does; plain attention is torch's own in every dtype).
-    Gradients reach q, k, v and a tensor of a window's weights; those of `rates` need
-    "dense" (which "auto" then takes). Raises `ValueError` for arguments that are not
+    Gradients reach q, k, v and a tensor of a window's weights; those of `rates`, and
+    second ones of all, need "dense" (which "auto" takes for rates that want one). Raises `ValueError` for arguments that are not
     allowed, a rate too large for "sdpa", and scores above `score_bound` (compiled:
     NaN). Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
+    if cu_seqlens is not None:
+        how = window, pool, causal, method, tol, score_bound, chunk
+        return _by_documents(q, k, v, rates, lengths, cu_seqlens, *how)
     lengths = None if lengths is None else whole_lengths(lengths)
     B, L, speeds, (q, k, v) = q.shape[0], q.shape[2], None, one_dtype(q, k, v)
     # rates as numbers: a plan needs them, a GPU must not be asked
@@ -454,11 +511,8 @@ def las_attention(
     whole = chunk is None or chunk >= L
     W = _two_sided_window(window, pool, causal)
     if whole and _takes_matrix(q, rates, method, W):
-        o, kept = las_dense(q, k, v, rates, window, pool, causal, lengths), None
-        if score_bound is not None:
-            q, k, _ = _clean_inputs(q, k, v, rates, window, lengths)
-            kept = keeps_bound(q, k, score_bound)
-        return _or_nan(o, kept)
+        how = window, pool, causal, lengths, score_bound
+        return _by_matrix(q, k, v, rates, *how)
     q, k, v = _clean_inputs(q, k, v, rates, window, lengths)
     if not whole:
         blocks = (_fold_chunks(t, chunk) for t in (q, k, v))

@@ -38,7 +38,7 @@ import math
 import torch, torch.nn.functional as F
 import warnings
 from typing import Any, Callable, NamedTuple, Sequence
-from ..padding import real_keys, whole_lengths
+from ..padding import real_keys, transformed, whole_lengths
 from ..smoothing import Window, edge_scale, smooth_keys, turned, weights_like
 from ..smoothing import window_sides
 
@@ -504,6 +504,25 @@ class _DecayedWindows(torch.autograd.Function):
         return gq, gk, gv, None, None, *far
 
 
+# %% ../../nbs/15_fast.ipynb #c0ffee81
+def _open_windows(
+    q: torch.Tensor,  # queries `(B, H, n * b, D)`
+    k: torch.Tensor,  # keys of all windows `(B, H, n * b + reach, D)`
+    v: torch.Tensor,  # their values
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    b: int,  # queries per block
+    far_o: torch.Tensor | None,  # mean of the far values `(B, H, n, 1 or b, D)`
+    far_lse: torch.Tensor | None,  # their log weight `(B, H, n, 1 or b)`
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "What _DecayedWindows computes, by operations that torch differentiates itself."
+    *x, _, _ = tiles(q, k, v, rates, b)
+    o, lse, _ = flash(*x, q.shape[-1] ** -0.5, None)
+    o, lse = o.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+    if far_o is not None:
+        o, lse = _add_far(o, lse, far_o, far_lse)
+    return o.flatten(2, 3), lse.flatten(2, 3)
+
+
 # %% ../../nbs/15_fast.ipynb #f72471a2
 def one_sided(
     q: torch.Tensor,
@@ -514,16 +533,18 @@ def one_sided(
 ) -> Sequence[torch.Tensor]:
     """Causal attention with decayed scores, with or without a far field: output `(B, H,
     L, D)`, log of the denominators `(B, H, L)`."""
-    L = q.shape[2]
+    L, attend = q.shape[2], _DecayedWindows.apply
+    if transformed(q):
+        attend = _open_windows
     if band is None:
-        return _DecayedWindows.apply(q, k, v, rates, L, None, None)
+        return attend(q, k, v, rates, L, None, None)
     b, K = band.block, band.block + band.reach
     pad = (0, 0, 0, -(L - K) % b)
     first, q = q.split([K, L - K], 2)
     # no far field yet
-    first = _DecayedWindows.apply(first, k[:, :, :K], v[:, :, :K], rates, K, None, None)
+    first = attend(first, k[:, :, :K], v[:, :, :K], rates, K, None, None)
     q = F.pad(q, pad)
-    rest = _DecayedWindows.apply(
+    rest = attend(
         q,
         F.pad(k[:, :, b:], pad),
         F.pad(v[:, :, b:], pad),

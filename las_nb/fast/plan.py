@@ -24,6 +24,7 @@ import functools, math
 import torch
 from typing import Callable, NamedTuple
 from .bands import Band, far_delta, level, safe_limit
+from ..padding import transformed
 
 
 # %% ../../nbs/plan.ipynb #26ddb6f0
@@ -268,11 +269,11 @@ def keeps_bound(
     score_bound: float | tuple[float, ...],  # for all heads, or each
 ) -> torch.Tensor | None:  # a boolean, only while compiling
     """Raise `ValueError` if the norms of queries and keys allow a score above
-    `score_bound`, whatever the plan. A compiled call cannot raise: it learns whether
-    they do not, to turn its output into NaN."""
+    `score_bound`, whatever the plan. A compiled call, or one inside torch.func, cannot
+    raise: it learns whether they do not, to turn its output into NaN."""
     bounds, found = head_bounds(score_bound, q.shape[1]), score_bounds(q, k)
     kept = found <= torch.tensor(bounds, dtype=found.dtype, device=q.device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed(kept):
         return kept.all()
     if not kept.all():
         h = int((~kept).nonzero()[0])
@@ -316,7 +317,9 @@ def plan_call(
             g.method != "linear" for g in groups
         ):
             return groups, None
-        found = _level_bounds(q, k).tolist()
+        found = [math.inf] * len(rates)  # a vmap keeps its numbers to itself
+        if not transformed(q):
+            found = _level_bounds(q, k).tolist()
         return make(bounds=tuple(_round_up(s * gain) for s in found)), None
     bounds = head_bounds(score_bound, len(rates))
     return make(bounds=tuple(s * gain for s in bounds)), keeps_bound(q, k, score_bound)

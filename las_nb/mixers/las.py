@@ -160,11 +160,27 @@ def mix(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     "LaS attention of the heads: `(B, H, L, D)`."
-    limits = self.method, self.tol, self.score_bound, self.chunk
+    limits = self.method, self.tol, self.score_bound, self.chunk, cu_seqlens
     how = self.window, self.pool, self.causal, lengths, *limits
     return las_attention(q, k, v, self.plain_rates, *how)
+
+
+# %% ../../nbs/layer.ipynb #c0ffee76
+@patch
+def forward(
+    self: LaSAttention,
+    x: torch.Tensor,  # `(B, L, dim)`
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
+    # boundaries of packed documents; see las_attention
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:  # `(B, L, dim)`
+    "What the heads found, projected back to the width of the model."
+    packed = () if cu_seqlens is None else (cu_seqlens,)
+    heads = self.heads(x, lengths)
+    return self.out(merge_heads(self.mix(*heads, lengths, *packed)))
 
 
 # %% ../../nbs/layer.ipynb #c70502ca

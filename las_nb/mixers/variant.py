@@ -115,8 +115,11 @@ def mix(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "The attention matrices times the values: `(B, H, L, D)`."
+    "The attention matrices times the values: `(B, H, L, D)`; no packed rows."
+    if cu_seqlens is not None:
+        raise ValueError("the layer 'las-variant' takes no packed rows (cu_seqlens)")
     w = self.matrix(q, k)
     with torch.autocast(v.device.type, enabled=False):
         return (w @ v.to(w.dtype)).to(v.dtype)
