@@ -112,8 +112,8 @@ def test_command_end_to_end(tmp_path):
         (["--epochs", "0"], "at least 1"),
         (["--jobs", "0"], "at least 1"),
         (["--out", "/dev/null/x"], "cannot write to /dev/null/x"),
-        (["--epochs", "many"], "invalid int value"),
-        (["--lr", "1"], "unrecognized arguments"),
+        (["--epochs", "many"], "invalid literal for int"),
+        (["--lr", "1"], "there is no option --lr"),
     ],
 )
 def test_bad_calls_end_with_one_line_and_code_2(args, says):
