@@ -49,10 +49,10 @@ def wait_for(condition, process, seconds=300):
     raise AssertionError("nothing happened")
 
 
-@pytest.fixture
-def command(tmp_path):
+def start(tmp_path, **changes):
     "A grid with a layer of one's own, started on two cores of this machine."
-    settings = "\n".join(f"{name} = {value}" for name, value in SMALL.items())
+    settings = SMALL | changes
+    settings = "\n".join(f"{name} = {value}" for name, value in settings.items())
     (tmp_path / "tiny.toml").write_text(GRID.format(settings=settings))
     (tmp_path / "my_layers.py").write_text(LAYER)
     words = "compare tiny.toml --out runs --results results --cpu --on ray"
@@ -67,7 +67,8 @@ def command(tmp_path):
     )
 
 
-def test_a_killed_worker_loses_nothing(command, tmp_path):
+def test_a_killed_worker_loses_nothing(tmp_path):
+    command = start(tmp_path)
     run = tmp_path / "runs" / "tiny" / "digits-las-0"
     first = wait_for(lambda: checkpoints(run), command)[-1]
     victims = wait_for(lambda: workers(command), command)
@@ -83,7 +84,9 @@ def test_a_killed_worker_loses_nothing(command, tmp_path):
     assert int(first.name[11:]) >= 0  # there was a checkpoint before the kill
 
 
-def test_ctrl_c_saves_every_run(command, tmp_path):
+def test_ctrl_c_saves_every_run(tmp_path):
+    "So many epochs that the run cannot end before the signal comes."
+    command = start(tmp_path, epochs=100_000)
     run = tmp_path / "runs" / "tiny" / "digits-las-0"
     wait_for(lambda: checkpoints(run), command)
     command.send_signal(signal.SIGINT)
