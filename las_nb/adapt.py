@@ -502,8 +502,8 @@ def register_las(
 
     Needs `transformers` 5. Models raise `ValueError` where they ask for more than
     causal or bidirectional attention with padding, or, without a cache, with packed
-    documents or chunks: dropout, windows, biases, soft caps, sinks, cross-attention. Source of the interface: the
-    transformers documentation, "Attention Interface"."""
+    documents or chunks: dropout, windows, biases, soft caps, sinks, cross-attention.
+    Source of the interface: the transformers documentation, "Attention Interface"."""
     # when asked for: the library runs without
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -433,6 +433,7 @@ def _by_matrix(
     return _or_nan(o, kept)
 
 
+# %% ../../nbs/function.ipynb #e9ba115c
 def _by_documents(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
@@ -470,11 +471,9 @@ def las_attention(
     # decay rate per head `(H,)`, per step; see decay_rates
     rates: torch.Tensor | tuple[float, ...],
     window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
-    # average "scores" (before the softmax) or "weights" (after it)
-    pool: str = "scores",
+    pool: str = "scores",  # average "scores" (before the softmax) or "weights" (after)
     causal: bool = True,  # may query `i` see keys `j <= i` only?
-    # true lengths `(B,)` of right-padded sequences
-    lengths: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     # "dense", "sdpa", "flex", "linear" or "triton"; "auto" picks, see plan
     method: str = "auto",
     tol: float | None = None,  # error allowed for far keys; None = `TOL`
@@ -490,14 +489,15 @@ def las_attention(
 
     "dense" writes the matrix down; "sdpa" and "flex" compute the same without it;
     "linear", "triton" (for GPUs), and "auto" where it pays, keep the error below `tol`
-    times the largest value of a head; with a fixed `score_bound` each output depends on
-    its own past only, bit for bit. Rounding comes on top: that of the matrix in float64
-    and float32; half precision is computed in float32 and rounded once ("triton",
-    causal: as FlashAttention does; plain attention is torch's own in every dtype).
-    Gradients reach q, k, v and a tensor of a window's weights; those of `rates`, and
-    second ones of all, need "dense" (which "auto" takes for rates that want one). Raises `ValueError` for arguments that are not
-    allowed, a rate too large for "sdpa", and scores above `score_bound` (compiled:
-    NaN). Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
+    times the largest value of a head; with a fixed `score_bound` each output depends
+    on its own past only, bit for bit. Rounding comes on top: that of the matrix in
+    float64 and float32; half precision is computed in float32 and rounded once
+    ("triton", causal: as FlashAttention does; plain attention is torch's own in every
+    dtype). Gradients reach q, k, v and a tensor of a window's weights; those of
+    `rates`, and second ones of all, need "dense" (which "auto" takes for rates that
+    want one). Raises `ValueError` for arguments that are not allowed, a rate too large
+    for "sdpa", and scores above `score_bound` (compiled: NaN). Source: Zimerman and
+    Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
     if cu_seqlens is not None:
         how = window, pool, causal, method, tol, score_bound, chunk
