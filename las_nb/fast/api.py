@@ -494,10 +494,10 @@ def las_attention(
     float64 and float32; half precision is computed in float32 and rounded once
     ("triton", causal: as FlashAttention does; plain attention is torch's own in every
     dtype). Gradients reach q, k, v and a tensor of a window's weights; those of
-    `rates`, and second ones of all, need "dense" (which "auto" takes for rates that
-    want one). Raises `ValueError` for arguments that are not allowed, a rate too large
-    for "sdpa", and scores above `score_bound` (compiled: NaN). Source: Zimerman and
-    Wolf (2023), arXiv 2311.16620, and PMLR 235:62815."""
+    `rates`, and second ones of all, need "dense". Raises `ValueError` for arguments
+    that are not allowed, a rate too large for "sdpa", and scores above `score_bound`
+    (compiled: NaN). Source: Zimerman and Wolf (2023), arXiv 2311.16620, and PMLR
+    235:62815."""
     _check_call(q, rates, method, tol, score_bound, chunk)
     if cu_seqlens is not None:
         how = window, pool, causal, method, tol, score_bound, chunk
