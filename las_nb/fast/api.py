@@ -504,8 +504,7 @@ def las_attention(
         return _by_documents(q, k, v, rates, lengths, cu_seqlens, *how)
     lengths = None if lengths is None else whole_lengths(lengths)
     B, L, speeds, (q, k, v) = q.shape[0], q.shape[2], None, one_dtype(q, k, v)
-    # rates as numbers: a plan needs them, a GPU must not be asked
-    if not isinstance(rates, torch.Tensor):
+    if not isinstance(rates, torch.Tensor):  # a plan needs numbers
         speeds = tuple(rates)
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
     whole = chunk is None or chunk >= L
