@@ -20,7 +20,7 @@ test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs c
 
 quick: .venv/ready  ## what a small change needs: layout, export in sync, imports, core mathematics, two notebooks
 	$(BIN)/ruff check -q nbs las_nb tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x tests/test_notebooks.py tests/test_rooms.py tests/test_las.py
+	$(BIN)/python -m pytest -x tests/test_notebooks.py tests/test_rooms.py tests/test_las.py
 	for page in 05_las 06_model; do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --path nbs/$$page.ipynb || exit 1; done
 
 lab: .venv/ready  ## open the notebooks in JupyterLab

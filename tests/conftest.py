@@ -1,5 +1,9 @@
 import os, shutil, sys
 from pathlib import Path
+
+# tests run side by side; and a run is repeated to the last bit on as many threads only
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest, torch
 
 # without a GPU, its kernels are run by Triton's interpreter; read when they are made
