@@ -359,6 +359,17 @@ def _by_part(config: Any) -> str | dict[str, Any] | None:
     return ({"": own} if own else {}) | found or None
 
 
+def _check_version() -> None:
+    import transformers
+
+    found = transformers.__version__
+    if tuple(map(int, found.split(".")[:2])) < (5, 15):
+        raise ImportError(
+            f"register_las needs transformers >= 5.15 and finds {found}: "
+            "pip install -U transformers"
+        )
+
+
 def _keep_in_config() -> None:
     """Let configurations of transformers write down that their model uses LaS, and how:
     they forget their attention otherwise."""
@@ -500,11 +511,12 @@ def register_las(
 ) -> None:
     """Add LaS attention to the table of Hugging Face transformers, under `name`.
 
-    Needs `transformers` 5. Models raise `ValueError` where they ask for more than
+    Needs `transformers` >= 5.15. Models raise `ValueError` where they ask for more than
     causal or bidirectional attention with padding, or, without a cache, with packed
     documents or chunks: dropout, windows, biases, soft caps, sinks, cross-attention.
     Source of the interface: the transformers documentation, "Attention Interface"."""
     # when asked for: the library runs without
+    _check_version()
     from transformers import AttentionInterface, AttentionMaskInterface
 
     table = AttentionInterface()

@@ -44,8 +44,25 @@ def padding(side):
     return real
 
 
+def quantized(config):
+    "A quantized cache, but for the rounding: what it puts together is looked at."
+    kind = pytest.importorskip("transformers.cache_utils").QuantizedLayer
+
+    class Exact(kind):
+        def _quantize(self, tensor, axis):
+            return tensor.clone()
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    cache = tf.DynamicCache()
+    cache.layers = [Exact(residual_length=3) for _ in range(config.num_hidden_layers)]
+    return cache
+
+
 def caches(model):
     return dict(
+        quantized=quantized(model.config),
         dynamic=tf.DynamicCache(config=model.config),
         static=tf.StaticCache(config=model.config, max_cache_len=32),
         full=tf.StaticCache(config=model.config, max_cache_len=L),
@@ -59,13 +76,15 @@ def in_pieces(model, cache, mask, pieces):
         end += n
         seen = {} if mask is None else dict(attention_mask=mask[:, :end])
         piece = tokens[:, end - n : end]
-        logits.append(model(piece, cache=cache, use_cache=True, **seen).logits)
+        logits.append(
+            model(piece, past_key_values=cache, use_cache=True, **seen).logits
+        )
     return torch.cat(logits, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("side", [None, "none", "left", "right"])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "full"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "full", "quantized"])
 def test_a_cache_changes_nothing(name, side, cache):
     """Prefill, prefill in chunks (the first all padding for one row), one by one."""
     model, mask = build(), padding(side)
@@ -112,7 +131,7 @@ def test_compiled_calls():
         cache = caches(model)["static"]
         for end, n in ((9, 9), (10, 1), (14, 4)):
             piece = tokens[:, end - n : end]
-            got = fast(piece, cache=cache, use_cache=True).logits
+            got = fast(piece, past_key_values=cache, use_cache=True).logits
             want = model(tokens[:, :end], use_cache=False).logits[:, -n:]
             torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
         torch._dynamo.reset()
@@ -355,3 +374,11 @@ def test_what_cannot_be_restored_is_told(tmp_path):
     _OURS.pop("hf-other")
     with pytest.raises(ValueError, match="hf-other"):
         again(tmp_path)
+
+
+def test_an_old_library_is_named(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(
+        ImportError, match="needs transformers >= 5.15 and finds 4.57.6"
+    ):
+        register_las("hf-old")

@@ -209,6 +209,26 @@ def test_one_compile_serves_many_lengths(norm):
     assert counter.frame_count <= 2
 
 
+def test_a_graph_holds_no_measurements():
+    "Rates whose bands depend on the scores: break, ask for a bound, or need none."
+    torch._dynamo.reset()
+
+    class Call(torch.nn.Module):
+        def forward(self, q, k, v, **kwargs):
+            return las_attention(q, k, v, (0.5, 0.01), **kwargs)
+
+    call, a = Call(), 3 * noise(3, 1, 2, 600, 8)
+    want = las_attention(*a, (0.5, 0.01), method="dense")
+    torch.testing.assert_close(torch.compile(call, backend="eager")(*a), want)
+    exported = torch.export.export(call, tuple(a)).module()
+    torch.testing.assert_close(exported(*a), want)
+    torch._dynamo.reset()
+    whole = torch.compile(call, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="give score_bound"):
+        whole(*a)
+    torch.testing.assert_close(whole(*a, score_bound=300.0), want)
+
+
 def test_training_with_lengths_compiles():
     torch._dynamo.reset()
     model = make(norm="batch").train()

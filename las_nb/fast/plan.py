@@ -285,6 +285,19 @@ def keeps_bound(
     return None
 
 
+# %% ../../nbs/plan.ipynb #5c0e81aa
+def _measured(q: torch.Tensor, k: torch.Tensor) -> list[float]:
+    """S of every head as numbers: infinite where there are none to read, inside
+    torch.func and in an exported program; a compiled call leaves its graph for them."""
+    if transformed(q) or torch.compiler.is_exporting():
+        return [math.inf] * q.shape[1]
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg="scores are measured outside of the graph: give score_bound"
+        )
+    return _level_bounds(q, k).tolist()
+
+
 # %% ../../nbs/plan.ipynb #0d91afe6
 def plan_call(
     q: torch.Tensor,  # queries `(B, H, L, D)`, see level
@@ -317,9 +330,7 @@ def plan_call(
             g.method != "linear" for g in groups
         ):
             return groups, None
-        found = [math.inf] * len(rates)  # a vmap keeps its numbers to itself
-        if not transformed(q):
-            found = _level_bounds(q, k).tolist()
+        found = _measured(q, k)
         return make(bounds=tuple(_round_up(s * gain) for s in found)), None
     bounds = head_bounds(score_bound, len(rates))
     return make(bounds=tuple(s * gain for s in bounds)), keeps_bound(q, k, score_bound)
