@@ -16,7 +16,7 @@ train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a
 
 test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 20 minutes)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: .venv/ready  ## what a small change needs: layout, export in sync, imports, core mathematics, two notebooks
 	$(BIN)/ruff check -q nbs las_nb tests

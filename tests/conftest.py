@@ -22,11 +22,20 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    "Folder with `NAME.html` for every page."
+    "Folder with `NAME.html` for every page; made once for all processes of the tests."
     pytest.importorskip("pypandoc")
     import built
+    from filelock import FileLock
 
-    return built.build(tmp_path_factory.mktemp("docs"))
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    with FileLock(shared / "docs.lock"):
+        if not (shared / "docs" / "done").exists():
+            (shared / "docs").mkdir()
+            built.build(shared / "docs")
+            (shared / "docs" / "done").touch()
+    return shared / "docs" / "site"
 
 
 @pytest.fixture(scope="session")

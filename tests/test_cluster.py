@@ -61,6 +61,8 @@ def start(tmp_path, **changes):
         [LAS, *words.split(), *quick],
         cwd=tmp_path,
         env=os.environ | dict(RAY_raylet_start_wait_time_s="600"),
+        # whatever started these tests may ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
