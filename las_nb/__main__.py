@@ -21,7 +21,7 @@ from importlib import metadata
 from .fast import las_attention
 from .fast.api import gpu_kernels
 from .las import las_dense
-from .locality import decay_rates
+from .locality import exact_rates
 
 # %% ../nbs/health.ipynb #0760a109
 OPTIONAL = (
@@ -81,7 +81,7 @@ def health(
         torch.randn(1, 4, 300, 16, generator=g).to(device).requires_grad_()
         for _ in range(4)
     )
-    rates, worst = tuple(decay_rates(4, 0.5).tolist()), 0.0
+    rates, worst = exact_rates(4, 0.5), 0.0
     want = las_dense(q, k, v, torch.tensor(rates, device=device))
     want = [want, *torch.autograd.grad(want, (q, k, v), up)]
     for method in ("auto", "linear"):

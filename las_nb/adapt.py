@@ -14,7 +14,7 @@ from .attention import attention_scores, check_qkv, masked_softmax, one_dtype
 from .fast import METHODS, las_attention
 from .fast.api import check_limits
 from .las import POOLS
-from .locality import decay_rates
+from .locality import exact_rates
 from .mixers.las import frozen
 from .smoothing import Window, smooth_scores, smooth_weights, window_weights
 
@@ -526,9 +526,7 @@ def register_las(
             "name must be a word of letters, digits, '-', '.' and '_' that is not an "
             f"attention of transformers; got {name!r}"
         )
-    rates = functools.cache(
-        lambda n_heads: tuple(decay_rates(n_heads, max_rate, spacing).tolist())
-    )
+    rates = functools.cache(lambda n_heads: exact_rates(n_heads, max_rate, spacing))
     rates(1)
     window_weights(window)
     check_choice("pool", pool, POOLS)

@@ -44,7 +44,7 @@ from .fast import las_attention
 from .fast.flex import compiled_flex
 from .fast.plan import plan_call
 from .las import POOLS, las_dense
-from .locality import decay_rates
+from .locality import exact_rates
 from .model import LaSTransformer
 from .settings import Bench
 
@@ -77,14 +77,14 @@ def make_inputs(
 ) -> tuple[list[torch.Tensor], tuple[float, ...]]:
     "What goes into every method of a case."
     torch.manual_seed(0)
-    rates = decay_rates(case.heads, case.max_rate)
+    rates = exact_rates(case.heads, case.max_rate)
     kind = dict(device=case.device, dtype=getattr(torch, case.dtype))
     if case.trained:
         a = _trained_inputs(case)
     else:
         a = torch.randn(3, case.batch, case.heads, case.L, case.width)
     a = [t.to(**kind) for t in (a[0] * case.score_scale, a[1], a[2])]
-    return [t.requires_grad_(case.backward) for t in a], tuple(rates.tolist())
+    return [t.requires_grad_(case.backward) for t in a], rates
 
 
 def _trained_inputs(case: Case) -> list[torch.Tensor]:

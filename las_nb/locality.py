@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "distance_matrix",
+    "exact_rates",
     "decay_rates",
     "check_rates",
     "locality_kernel",
@@ -28,18 +29,12 @@ def distance_matrix(
 
 
 # %% ../nbs/03_locality.ipynb #016a5a4c
-def decay_rates(
+def exact_rates(
     n_heads: int,  # H
     max_rate: float,  # rate of the fastest head, per step; 0 = no decay anywhere
-    # "geometric" or "uniform" up to `max_rate`, or "equal": `max_rate` for all heads
-    spacing: str = "geometric",
-) -> torch.Tensor:  # `(H,)`, rising from 0 unless equal; float32 at least
-    """The decay rate `alpha` of every head; a single head gets rate 0, unless spacing
-    is "equal".
-
-    Raises `ValueError` for a negative or infinite `max_rate`, no heads, or an unknown
-    spacing. Source: Zimerman and Wolf (2023), arXiv 2311.16620, "exponential-uniformly
-    in [0, B]"."""
+    spacing: str = "geometric",  # as in decay_rates
+) -> tuple[float, ...]:  # H numbers, rising from 0 unless equal
+    "The decay rate `alpha` of every head as a number, whatever the default dtype."
     if not isinstance(n_heads, int) or n_heads < 1:
         raise ValueError(f"n_heads must be a whole number >= 1; got {n_heads!r}")
     most = torch.finfo(torch.get_default_dtype()).max
@@ -64,8 +59,24 @@ def decay_rates(
     if spacing != "equal":  # exact at both ends
         rates[-1] = max_rate
         rates[0] = 0
+    return tuple(rates.tolist())
+
+
+def decay_rates(
+    n_heads: int,  # H
+    max_rate: float,  # rate of the fastest head, per step; 0 = no decay anywhere
+    # "geometric" or "uniform" up to `max_rate`, or "equal": `max_rate` for all heads
+    spacing: str = "geometric",
+) -> torch.Tensor:  # `(H,)`, rising from 0 unless equal; float32 at least
+    """The decay rate `alpha` of every head; a single head gets rate 0, unless spacing
+    is "equal".
+
+    Raises `ValueError` for a negative or infinite `max_rate`, no heads, or an unknown
+    spacing. Source: Zimerman and Wolf (2023), arXiv 2311.16620, "exponential-uniformly
+    in [0, B]"."""
     # rates rounded to half precision are other rates
-    return rates.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return torch.tensor(exact_rates(n_heads, max_rate, spacing), dtype=dtype)
 
 
 # %% ../nbs/03_locality.ipynb #a0adc736

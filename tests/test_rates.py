@@ -4,10 +4,17 @@ made: constants are never rounded to half precision, or once at the end."""
 import pytest, torch
 from las_nb import LaSTransformer
 from las_nb.conv_kernels import hyena_kernel
-from las_nb.locality import decay_rates
+from las_nb.locality import decay_rates, exact_rates
 from las_nb.mixers import LaSAttention
 
 HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[*HALVES, torch.float64], ids=str)
+def other(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=HALVES, ids=str)
@@ -33,12 +40,16 @@ def test_rates_are_exact(half, spacing):
     assert rates.dtype == torch.float32
 
 
-def test_layers_keep_them_under_every_cast(half):
-    layer = LaSAttention(16, 4, max_rate=0.3)
-    want = tuple(in_single(lambda: decay_rates(4, 0.3)).tolist())
+@pytest.mark.parametrize("spacing", ["geometric", "uniform", "equal"])
+def test_layers_keep_them_under_every_cast(other, spacing):
+    layer = LaSAttention(16, 4, max_rate=0.3, spacing=spacing)
+    want = in_single(lambda: exact_rates(4, 0.3, spacing))
+    single = torch.tensor(want, dtype=torch.float32)
     for cast in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         layer.to(cast)
-        assert layer.plain_rates == tuple(layer.rates.tolist()) == want
+        assert layer.plain_rates == want
+        assert torch.equal(layer.rates.float(), single)
+    assert layer.rates.tolist() == list(want)  # in float64
 
 
 @pytest.mark.parametrize(

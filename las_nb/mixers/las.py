@@ -16,7 +16,7 @@ from ..attention import merge_heads, split_heads
 from ..fast import METHODS, las_attention
 from ..fast.api import check_limits
 from ..las import POOLS, las_weights
-from ..locality import decay_rates
+from ..locality import exact_rates
 from .register import register_mixer
 from ..padding import clear_padding
 from ..smoothing import Window, window_weights
@@ -134,7 +134,7 @@ class LaSAttention(SelfAttention):
     ):
         # numbers, even where weights are to have none yet (device "meta")
         with torch.device("cpu"):
-            rates = decay_rates(n_heads, max_rate, spacing).tolist()
+            rates = exact_rates(n_heads, max_rate, spacing)
             window_weights(window, n_heads)
         check_choice("pool", pool, POOLS)
         check_choice("method", method, METHODS)
@@ -142,7 +142,7 @@ class LaSAttention(SelfAttention):
         super().__init__(dim, n_heads, causal)
         self.window, self.pool, self.method = frozen(window), pool, method
         self.tol, self.score_bound, self.chunk = tol, frozen(score_bound), chunk
-        self.plain_rates = tuple(rates)
+        self.plain_rates = rates
 
     @property
     def rates(self) -> torch.Tensor:  # `(H,)`, float32 at least
