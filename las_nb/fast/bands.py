@@ -22,6 +22,7 @@ __all__ = [
     "far_error",
     "far_delta",
     "Band",
+    "band_error",
     "far_field",
     "one_sided",
     "merge",
@@ -344,37 +345,72 @@ def kernel_for(x: torch.Tensor) -> str | None:
 
 
 # %% ../../nbs/15_fast.ipynb #d4f269c2
+def _mean_decay(rate: float, n: int) -> float:
+    "The mean of `exp(-rate t)` over `t = 0 .. n - 1`."
+    return math.expm1(-rate * n) / math.expm1(-rate) / n if rate else 1.0
+
+
 def far_error(
     delta: float,  # largest far score, decayed
     order: int = 0,  # 0: exp(e) ~ 1; 1: exp(e) ~ 1 + e
+    rate: float = 0.0,  # alpha, by which the next far scores are smaller
+    n: int = 1,  # number of far keys, one per step
 ) -> float:  # relative to the largest value
-    """Largest error of an output when far keys are approximated: `2 eps / (1 - eps)`;
-    infinite where nothing is promised."""
-    eps = math.expm1(delta) if order == 0 else delta**2 * math.exp(delta) / 2
-    promised = eps < 1 and (order == 0 or delta < 0.5)
-    return 2 * eps / (1 - eps) if promised else math.inf
+    """Largest error of an output when far keys are approximated, by the sum of their
+    decays; infinite where nothing is promised: order 1 from `delta` of one half on."""
+    mean = _mean_decay(rate, n)
+    if order == 0:
+        return 2 * math.expm1(delta) * mean if delta < 700 else math.inf
+    if delta >= 0.5:
+        return math.inf
+    squares = delta**2 * math.exp(delta) * _mean_decay(2 * rate, n)
+    return squares / (1 - delta * mean)
 
 
 # %% ../../nbs/15_fast.ipynb #8e0eac73
-def far_delta(tol: float, order: int = 0) -> float:
+def far_delta(tol: float, order: int = 0, rate: float = 0.0, n: int = 1) -> float:
     "The largest decayed score that may count as far: `far_error` solved for `delta`."
-    eps = tol / (2 + tol)
+    mean = _mean_decay(rate, n)
     if order == 0:
-        return math.log1p(eps)
-    delta = 0.4
+        return math.log1p(tol / (2 * mean))
+    share, delta = tol / _mean_decay(2 * rate, n), 0.0
     for _ in range(60):
-        delta = min(0.49, math.sqrt(2 * eps * math.exp(-delta)))
+        delta = min(0.49, math.sqrt(share * math.exp(-delta) * (1 - delta * mean)))
     return delta
 
 
 # %% ../../nbs/15_fast.ipynb #dcd74722
 class Band(NamedTuple):
     """How a fast head is cut: blocks of queries, how far behind a block keys are near,
-    how many blocks before that get order 1."""
+    how many blocks before that get order 1, and how many blocks of keys are far to the
+    first queries that have far keys."""
 
     block: int
     reach: int
     zone: int = 0
+    lead: int = 1
+
+    @property
+    def first(self) -> int:
+        "How many queries have no far keys."
+        return self.reach + self.lead * self.block
+
+
+def band_error(
+    band: Band,  # how a head is cut
+    rate: float,  # its alpha, per step
+    bound: float,  # its S: no score is larger, in absolute value
+) -> float:  # relative to the largest value
+    """What a band promises: no output of the head is farther from the exact one. The
+    first queries with far keys, which have fewest, count."""
+    b, reach, zone, lead = band
+    near = bound * math.exp(-rate * (reach + 1))
+    if not zone:
+        return far_error(near, 0, rate, lead * b)
+    beyond = bound * math.exp(-rate * (reach + zone * b + 1))
+    rest = 1 - near * _mean_decay(rate, lead * b)  # of the denominator, per far key
+    error = far_error(near, 1, rate, lead * b)
+    return error + far_error(beyond, 0, rate, lead * b) / rest if rest > 0 else math.inf
 
 
 # %% ../../nbs/15_fast.ipynb #dad2a54f
@@ -383,22 +419,24 @@ def far_field(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean `(B, H, n, 1 or b, D)` and log weight of the keys before each window, for
     the `n` blocks of queries `q` `(B, H, n * b, D)`."""
-    b, reach, zone = band
+    b, reach, zone, lead = band
     n, wide = q.shape[2] // b, torch.promote_types(q.dtype, torch.float32)
-    # (B, H, n, b, D)
-    k, v = (t[:, :, : n * b].unflatten(2, (n, b)).to(wide) for t in (k, v))
-    count = b * torch.arange(1, n + 1, dtype=wide, device=q.device)[:, None]  # (n, 1)
-    total = v.sum(3, keepdim=True).cumsum(2)  # (B, H, n, 1, D)
+    m = n + lead - 1  # blocks of keys that are far to some query
+    # (B, H, m, b, D)
+    k, v = (t[:, :, : m * b].unflatten(2, (m, b)).to(wide) for t in (k, v))
+    # (n, 1)
+    count = b * torch.arange(lead, m + 1, dtype=wide, device=q.device)[:, None]
+    total = v.sum(3, keepdim=True).cumsum(2)[:, :, lead - 1 :]  # (B, H, n, 1, D)
     if not zone:
         return total / count[..., None], count.log().expand(*q.shape[:2], n, 1)
     alpha = rates.to(q.device, torch.float64)[:, None]
     r = torch.arange(b, dtype=torch.float64, device=q.device)
     # decayed to the end of its block
     k = k * torch.exp(alpha * (r - b)).to(wide)[:, None, :, None]
-    # (B, H, n, D, D + 1): G, and g as its last column
+    # (B, H, m, D, D + 1): G, and g as its last column
     state = k.transpose(-2, -1) @ F.pad(v, (0, 1), value=1.0)
     total_state = state
-    for t in range(1, min(zone, n)):
+    for t in range(1, min(zone, m)):
         total_state = total_state + torch.exp(-alpha * b * t).to(wide)[
             ..., None, None
         ] * F.pad(state, (0, 0, 0, 0, t, -t))
@@ -408,7 +446,7 @@ def far_field(
             :, None, :, None
         ]
     )
-    y = q @ total_state  # (B, H, n, b, D + 1)
+    y = q @ total_state[:, :, lead - 1 :]  # (B, H, n, b, D + 1)
     weight = count + y[..., -1]
     return (total + y[..., :-1]) / weight[..., None], weight.log()
 
@@ -538,7 +576,7 @@ def one_sided(
         attend = _open_windows
     if band is None:
         return attend(q, k, v, rates, L, None, None)
-    b, K = band.block, band.block + band.reach
+    b, K = band.block, band.first
     pad = (0, 0, 0, -(L - K) % b)
     first, q = q.split([K, L - K], 2)
     # no far field yet
@@ -546,8 +584,8 @@ def one_sided(
     q = F.pad(q, pad)
     rest = attend(
         q,
-        F.pad(k[:, :, b:], pad),
-        F.pad(v[:, :, b:], pad),
+        F.pad(k[:, :, K - band.reach :], pad),
+        F.pad(v[:, :, K - band.reach :], pad),
         rates,
         b,
         *far_field(q, k, v, rates, band),
@@ -699,7 +737,7 @@ def two_sided(
         taps = window if before else turned(window)
         keys = rescale(smooth_keys(a[1], rates, taps, ahead, lengths), rates, near)
         piece = a[0][:, :, g:], keys[:, :, : L - g], a[2][:, :, : L - g]
-        cut = band if band and band.block + band.reach < L - g else None
+        cut = band if band and band.first < L - g else None
         o, lse = sided(*piece) if sided else one_sided(*piece, rates, cut)
         o, lse = F.pad(o, (0, 0, g, 0)), F.pad(lse, (g, 0), value=-math.inf)
         parts.append(

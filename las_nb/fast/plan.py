@@ -23,7 +23,7 @@ __all__ = [
 import functools, math
 import torch
 from typing import Callable, NamedTuple
-from .bands import Band, far_delta, level, safe_limit
+from .bands import Band, band_error, far_delta, level, safe_limit
 from ..padding import transformed
 
 
@@ -49,9 +49,8 @@ def _level_bounds(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 # %% ../../nbs/plan.ipynb #09b07ca4
-def _near_keys(rate: float, bound: float, tol: float, order: int = 0) -> float:
-    "How many keys before its own a query must take as near; infinite where all."
-    delta = far_delta(tol, order)
+def _near_keys(rate: float, bound: float, delta: float) -> float:
+    "How many keys before its own are near, if scores up to `delta` may be far."
     if not 0 < delta <= bound < math.inf:
         return 0 if delta > bound else math.inf
     steps = (math.log(bound) - math.log(delta)) / rate
@@ -62,17 +61,36 @@ def _near_keys(rate: float, bound: float, tol: float, order: int = 0) -> float:
 def serves(
     band: Band, rate: float, bound: float, tol: float, dtype: torch.dtype
 ) -> bool:
-    """Is a band that was made for another head wide enough for this one, and its
+    """Does a band that was made for another head keep the promise for this one, and its
     exponents small enough?"""
-    cap = safe_limit(dtype, bound)
-    return (
-        _near_keys(rate, bound, tol, 1 if band.zone else 0) <= band.reach
-        and _near_keys(rate, bound, tol) <= band.reach + band.zone * band.block
-        and rate * (band.reach + band.block - 1) <= cap
-    )
+    kept = band_error(band, rate, bound) <= tol * (1 + 1e-9)
+    return kept and rate * (band.first - 1) <= safe_limit(dtype, bound)
 
 
 # %% ../../nbs/plan.ipynb #915c23a7
+def _band_with(
+    rate: float, bound: float, tol: float, order: int, unit: int, cap: float, lead: int
+) -> Band | None:
+    "The band of a head whose first far keys are `lead` blocks; see fit_band."
+    n, share = 1, 0.9 * tol if order else tol  # of order 1: what is beyond is cheap
+    for _ in range(3):  # blocks depend on the reach, which depends on blocks
+        delta = far_delta(share, order, rate, n)
+        near = later = _near_keys(rate, bound, delta)
+        if near == math.inf:
+            return None
+        if order:
+            rest = (tol - share) * (1 - delta)
+            later = _near_keys(rate, bound, far_delta(rest, 0, rate, n))
+        b = max(unit, -(-near // (4 * unit)) * unit)
+        while b > 1 and rate * (-(-near // b) * b + lead * b) > cap:
+            if lead > 1:
+                return None
+            b -= max(1, b // 8)
+        n = lead * b
+    reach = -(-near // b) * b
+    return Band(b, reach, max(0, -(-(later - reach) // b)), lead)
+
+
 def fit_band(
     rate: float,  # alpha, per step
     L: int,  # sequence length
@@ -82,23 +100,22 @@ def fit_band(
     dtype: torch.dtype = torch.float32,  # of the queries
     unit: int = 16,  # blocks are multiples of it, where the rate allows
 ) -> Band | None:  # `None` where there is no far field
-    "The smallest band that keeps the error of a head below `tol`."
+    """The cheapest band that keeps the error of a head below `tol`: the longer the
+    first queries are exact, the smaller the reach of all others."""
     if tol <= 0 or rate == 0:
         return None
-    cap, near = safe_limit(dtype, bound), _near_keys(rate, bound, tol, order)
-    if near >= L:
-        return None
-    b = max(unit, -(-near // (4 * unit)) * unit)
-    while b > 1 and rate * (-(-near // b) * b + b) > cap:
-        b -= max(1, b // 8)
-    reach = -(-near // b) * b
-    if reach + b >= L or rate * (reach + b - 1) > cap:
-        return None
-    return Band(
-        b,
-        reach,
-        max(0, -(-(_near_keys(rate, bound, tol) - reach) // b)) if order else 0,
-    )
+    best, least = None, math.inf
+    for lead in (1, 2, 4, 8, 16):
+        band = _band_with(rate, bound, tol, order, unit, safe_limit(dtype, bound), lead)
+        while band and not serves(band, rate, bound, tol, dtype):
+            wider = band._replace(reach=band.reach + band.block)
+            fits = rate * (wider.first - 1) <= safe_limit(dtype, bound)
+            band = wider if fits and wider.first < L else None
+        if band and band.first < L:
+            keys = band.first**2 / 2 + (L - band.first) * (band.block + band.reach)
+            if keys < least:
+                best, least = band, keys
+    return best
 
 
 # %% ../../nbs/plan.ipynb #69cc2074
@@ -124,17 +141,22 @@ class Group(NamedTuple):
 
 # %% ../../nbs/plan.ipynb #3b479c1d
 def cost(
-    group: Group, L: int, batch: int = 1, costs: tuple[float, float, float] = (1, 0, 0)
+    group: Group,
+    L: int,  # sequence length
+    batch: int = 1,  # B
+    costs: tuple[float, float, float] = (1, 0, 0),  # see the table above
+    width: int = 32,  # D
 ) -> float:
     """Estimate of the work of a group, in keys that torch's attention would visit in
     the same time."""
     band, (key, position, call) = group.band, costs
-    keys = (
-        L / 2
-        if band is None
-        else key * (band.block + band.reach) + position + (100 if band.zone else 0)
-    )
-    return batch * len(group.heads) * L * keys + (call if band else 0)
+    heads = batch * len(group.heads)
+    if band is None:
+        return heads * L * L / 2
+    keys = key * (band.block + band.reach) + position
+    if band.zone:  # every block of it adds a state of D x D numbers, read and written
+        keys += 100 + band.zone * width**2 / (5 * band.block)
+    return heads * (band.first**2 / 2 + (L - band.first) * keys) + call
 
 
 # %% ../../nbs/plan.ipynb #d3c5e9f1
@@ -156,7 +178,7 @@ def _join_groups(
         if (
             last
             and fits(last.band, g.heads[0])
-            and price(both) <= price(last) + price(g)
+            and price(both) <= 1.02 * (price(last) + price(g))
         ):
             joined[-1] = both
         else:
@@ -238,7 +260,7 @@ def plan(
         _COSTS["linear"] if method == "linear" else _COSTS.get(device, _COSTS["cuda"])
     )
     bounds = bounds or (1.0,) * H
-    price = functools.partial(cost, L=L, batch=batch, costs=costs)
+    price = functools.partial(cost, L=L, batch=batch, costs=costs, width=width)
     unit, best = 16 if device == "cpu" else 64, []
     for h in sorted(range(H), key=lambda h: rates[h]):
         found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
@@ -299,6 +321,9 @@ def _measured(q: torch.Tensor, k: torch.Tensor) -> list[float]:
 
 
 # %% ../../nbs/plan.ipynb #0d91afe6
+_kept_plan = functools.lru_cache(4096)(plan)  # a plan takes longer than short calls
+
+
 def plan_call(
     q: torch.Tensor,  # queries `(B, H, L, D)`, see level
     k: torch.Tensor,  # keys `(B, H, L, D)`
@@ -313,7 +338,7 @@ def plan_call(
     """The plan of a call, and whether scores keep to `score_bound`, see keeps_bound;
     without one, they are measured where the plan depends on them."""
     make = functools.partial(
-        plan,
+        plan if torch.compiler.is_compiling() else _kept_plan,
         rates,
         q.shape[2],
         q.dtype,
