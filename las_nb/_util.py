@@ -8,6 +8,7 @@ __all__ = [
     "check_choice",
     "at_home",
     "replace_file",
+    "read_json",
     "world_size",
     "is_first",
     "commit_id",
@@ -18,7 +19,7 @@ __all__ = [
 ]
 
 # %% ../nbs/util.ipynb #2bb23adf
-import difflib, functools, importlib, os, subprocess, sys
+import difflib, functools, importlib, json, os, subprocess, sys
 from pathlib import Path
 from typing import Any, Collection, NoReturn
 
@@ -68,6 +69,20 @@ def replace_file(
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_json(
+    path: Path,
+    *keys: str,  # what must be in it
+) -> dict[str, Any]:
+    "The object in a file; raises `ValueError` that names the file if there is none."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise ValueError(f"{path} is damaged; delete it and make it again")
+    return found
 
 
 # %% ../nbs/util.ipynb #190eec3e

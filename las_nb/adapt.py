@@ -521,7 +521,8 @@ def register_las(
 
     table = AttentionInterface()
     theirs = {n for n in table if getattr(table[n], "__name__", "") != "las"}
-    if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in {"eager", *theirs}:
+    word = isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w.-]*", name)
+    if not word or name in {"eager", *theirs}:
         raise ValueError(
             "name must be a word of letters, digits, '-', '.' and '_' that is not an "
             f"attention of transformers; got {name!r}"
@@ -535,8 +536,9 @@ def register_las(
     check_limits(tol, bounds, chunk, len(bounds) if isinstance(bounds, tuple) else 1)
     limits = method, tol, bounds, chunk
 
+    window = frozen(window)  # a list may change later
     las = _attention_of(name, rates, window, pool, limits)
-    _OURS[name] = dict(max_rate=max_rate, window=frozen(window), pool=pool)
+    _OURS[name] = dict(max_rate=float(max_rate), window=window, pool=pool)
     _OURS[name] |= dict(spacing=spacing, method=method, tol=tol, chunk=chunk)
     _OURS[name] |= dict(score_bound=bounds)
     AttentionInterface.register(name, las)

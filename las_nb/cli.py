@@ -209,6 +209,9 @@ def main(
                 _obey(words)
             finally:
                 sys.stdout.flush()
+        except KeyboardInterrupt:  # while the library was loading
+            print(f"{Path(sys.argv[0]).name}: stopped at once", file=sys.stderr)
+            raise SystemExit(130)
         except BrokenPipeError:  # its reader, such as head, has seen enough
             _forget_output()
             raise SystemExit(141)

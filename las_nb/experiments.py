@@ -6,12 +6,12 @@
 __all__ = ["experiments", "same_settings", "status", "work_off"]
 
 # %% ../nbs/experiments.ipynb #19c34e2c
-import dataclasses, fnmatch, functools, gc, json, math, os, sys, time
+import dataclasses, fnmatch, functools, gc, json, math, sys, time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from ._command import EXTENSIONS, guarded, import_extension, needs, summary
 from ._command import trouble
-from ._util import nearest, refuse, replace_file
+from ._util import nearest, refuse, replace_file, world_size
 from .cluster import on_ray
 from .results.record import read_record, recipe_of, record_file, write_record
 from .settings import Work, flat, read_recipe
@@ -204,7 +204,11 @@ def _check_work(
         refuse(f"no experiment is called {only!r}{nearest(only, todo)}")
     if minutes is not None and not 1 <= minutes < math.inf:
         refuse(f"--minutes must be at least 1; got {minutes:g}")
-    if action == "run" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    try:
+        several = world_size() > 1
+    except ValueError as e:
+        refuse(e)
+    if action == "run" and several:
         refuse(
             "experiments run one process each; start `las experiments` once per GPU, "
             "with CUDA_VISIBLE_DEVICES and --only"

@@ -11,7 +11,7 @@ import torch
 from pathlib import Path
 from typing import Any
 from ._command import guarded
-from ._util import commit_id, replace_file
+from ._util import commit_id, read_json, replace_file
 from .model import LaSTransformer
 from .settings import Lengths
 from .tasks import TASKS, load_task
@@ -80,6 +80,27 @@ def _steps(lengths: str) -> list[int]:
 
 
 # %% ../nbs/10_questions.ipynb #2e2d8768
+def _measured_lengths(
+    path: Path,  # results file
+    name: str,  # of a run
+    fresh: dict[str, Any],  # what is known of a run that is not in it yet
+    new: dict[str, Any],  # length -> what was measured
+) -> dict[str, Any]:  # all that is known of this run's lengths
+    "Add to the results file, which others may be writing to, and read it."
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        record = read_json(path, "runs") if path.exists() else dict(runs={})
+        if not isinstance(record["runs"], dict):
+            raise ValueError(f"{path} is damaged; delete it and make it again")
+        found = record["runs"].setdefault(name, fresh)["found"]
+        found |= new
+        if new:
+            replace_file(path, json.dumps(record, indent=1).encode())
+    return found
+
+
 def _measure_run(
     run: Path,
     lengths: list[int],
@@ -95,17 +116,16 @@ def _measure_run(
         raise ValueError(
             f"{run} was trained on {recipe.task}, whose sequences have their own length"
         )
-    record = json.loads(path.read_text()) if path.exists() else dict(runs={})
     trained_at = recipe.data.length or task.max_len
     fresh = dict(task=recipe.task, trained_at=trained_at, found={})
-    found = record["runs"].setdefault(run.name, fresh)["found"]
+    known = _measured_lengths(path, run.name, fresh, {})
     model = model.to(device)
     for L in lengths:
-        if str(L) in found:
+        if str(L) in known:
             continue
         start = time.perf_counter()
         right, n = score_at(model, recipe.task, L, max(10, min(500, tokens // L)))
         seconds = time.perf_counter() - start
-        found[str(L)] = dict(right=right, n=n, seconds=seconds, **how)
-        replace_file(path, json.dumps(record, indent=1).encode())
+        new = dict(right=right, n=n, seconds=seconds, **how)
+        _measured_lengths(path, run.name, fresh, {str(L): new})
         print(f"{run.name} at {L:,} steps: {100 * right / n:.1f} % of {n}", flush=True)

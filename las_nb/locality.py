@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 # %% ../nbs/03_locality.ipynb #9e6cad23
-import math
+import math, numbers
 import torch
 from .attention import attention_scores
 
@@ -38,11 +38,13 @@ def exact_rates(
     if not isinstance(n_heads, int) or n_heads < 1:
         raise ValueError(f"n_heads must be a whole number >= 1; got {n_heads!r}")
     most = torch.finfo(torch.get_default_dtype()).max
-    if not 0 <= max_rate <= most:
+    number = isinstance(max_rate, numbers.Real) and not isinstance(max_rate, bool)
+    if not number or not 0 <= max_rate <= most:
         raise ValueError(
-            f"max_rate must be >= 0, and finite in {torch.get_default_dtype()}; got "
-            f"{max_rate!r}"
+            f"max_rate must be a number >= 0, and finite in "
+            f"{torch.get_default_dtype()}; got {max_rate!r}"
         )
+    max_rate = float(max_rate)
     # ..., max_rate / 2, max_rate
     if spacing == "geometric":
         rates = max_rate * 2.0 ** torch.arange(1 - n_heads, 1, dtype=torch.float64)

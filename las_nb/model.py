@@ -50,11 +50,13 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             return super().forward(x.flatten(0, 1)).view_as(x)
         real = key_mask(lengths, *x.shape[:2], x.device)[..., None]  # (B, L, 1)
         x = x.masked_fill(~real, 0)
-        if not self.training:
+        if not self.training and self.running_mean is not None:
             y = super().forward(x.flatten(0, 1)).view_as(x)
             return y.masked_fill(~real, 0)
         mean, var = self.measure(x, real)
-        y = (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        y = (x - mean) * (var + self.eps).rsqrt()
+        if self.weight is not None:
+            y = y * self.weight + self.bias
         return y.masked_fill(~real, 0).to(x.dtype)
 
     def measure(
@@ -66,11 +68,16 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         n = real.sum()
         mean = x.sum((0, 1)) / n
         var = (x - mean).masked_fill(~real, 0).square().sum((0, 1)) / n
+        if self.running_mean is None:  # none are kept
+            return mean, var
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            share = self.momentum
+            if share is None:  # the mean of all batches
+                share = 1 / self.num_batches_tracked.to(x)
+            self.running_mean.lerp_(mean.to(self.running_mean), share)
             unbiased = var * n / (n - 1).clamp(min=1)
-            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var), share)
         return mean, var
 
 

@@ -24,15 +24,22 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 # %% ../nbs/padding.ipynb #5467d624
 def whole_lengths(
     lengths: torch.Tensor | Sequence[int],  # true lengths `(B,)`: tensor, list or tuple
+    name: str = "lengths",  # for the message
+    shape: str = "(B,)",  # too
 ) -> torch.Tensor:  # int64 `(B,)`: in small integers, sums and comparisons would wrap
     "Lengths as a tensor; raises `ValueError` where they are not whole numbers."
     if not isinstance(lengths, torch.Tensor):
-        lengths = torch.as_tensor(lengths)
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (RuntimeError, TypeError, ValueError):
+            raise ValueError(
+                f"{name} must be whole numbers, {shape}; got {lengths!r}"
+            ) from None
     kinds = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
     if lengths.ndim != 1 or lengths.dtype not in kinds:
         raise ValueError(
-            f"lengths must be whole numbers of shape (B,); got {lengths.dtype} "
-            f"{tuple(lengths.shape)}"
+            f"{name} must be whole numbers of shape {shape}, up to int64 or uint8; got "
+            f"{lengths.dtype} {tuple(lengths.shape)}"
         )
     return lengths.long()
 
@@ -65,6 +72,12 @@ _LAST: list[tuple[Any, ...] | None] = [None]
 def _forget(_: Any) -> None:
     "The lengths of the last mask are gone, and so may be the mask."
     _LAST[0] = None
+
+
+def _same(known: list[int] | None, lengths: torch.Tensor) -> bool:
+    """Are lengths on the CPU as they were? What shares their memory, such as an array,
+    may have changed them and left no trace."""
+    return known is None or known == lengths.tolist()
 
 
 def _make_mask(
@@ -105,13 +118,19 @@ def key_mask(
     if torch.compiler.is_compiling() or not tensor or lengths.is_inference():
         return _make_mask(lengths, B, L, device)
     asked, last = (lengths._version, B, L, device), _LAST[0]
-    if last and last[0]() is lengths and last[1:] == (*asked, last[-1]):
+    if (
+        last
+        and last[0]() is lengths
+        and last[1:-2] == asked
+        and _same(last[-2], lengths)
+    ):
         if last[-1]._version == 0:  # as it was made
             return last[-1]
     mask = _make_mask(lengths, B, L, device)
     # masks of inference mode and of torch.func are for there alone
     if not (mask.is_inference() or transformed(mask)):
-        _LAST[0] = (weakref.ref(lengths, _forget), *asked, mask)
+        known = lengths.tolist() if lengths.device.type == "cpu" else None
+        _LAST[0] = (weakref.ref(lengths, _forget), *asked, known, mask)
     return mask
 
 
@@ -149,7 +168,7 @@ def document_ends(
     """Boundaries of documents that lie end to end.
 
     Raises `ValueError` unless they rise from 0 to `steps`."""
-    ends = whole_lengths(cu_seqlens).cpu()
+    ends = whole_lengths(cu_seqlens, "cu_seqlens", "(N + 1,)").cpu()
     good = len(ends) > 1 and ends[0] == 0 and ends[-1] == steps
     if not good or bool((ends.diff() < 1).any()):
         raise ValueError(

@@ -233,3 +233,27 @@ def test_a_closed_terminal_is_heard_unless_nohup(ignored):
         assert run.signal == (None if ignored else signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "value, only, says",
+    [("", "nothing-*", "no experiment"), ("abc", "smnist-las-none-0", "WORLD_SIZE")],
+)
+def test_lists_of_runs_in_odd_launchers(value, only, says, tmp_path):
+    words = ["experiments", "run", "--only", only]
+    env = os.environ | dict(WORLD_SIZE=value)
+    done = subprocess.run(
+        [*LAS, *words], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert says in done.stderr
+
+
+def test_stopped_while_it_loads(tmp_path, monkeypatch, capsys):
+    def late(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("las_nb.cli._obey", late)
+    with pytest.raises(SystemExit) as e:
+        main(["experiments", "list"])
+    assert e.value.code == 130 and "stopped at once" in capsys.readouterr().err

@@ -237,3 +237,66 @@ def test_a_derived_bound_holds_under_autocast():
         assert (found <= torch.tensor(layer.derive_bound(norm)).double()).all()
         worst = max(worst, (found / exact).max().item())
     assert worst > 1.01  # what was allowed before
+
+
+# --- rows that are not finite
+
+
+@both
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("method", ["auto", "linear", "sdpa"])
+def test_what_is_not_finite_spoils_what_sees_it_alone(method, which, value, causal):
+    L, j, rates = 400, 90, (0.0, 0.15)
+    a = dict(zip("qkv", noise(3, 2, 2, L, 8).float()))
+    clean = las_attention(**a, rates=rates, causal=causal, method=method)
+    a[which][1, 1, j, 3] = value
+    a = {name: t.clone().requires_grad_() for name, t in a.items()}
+    out = las_attention(**a, rates=rates, causal=causal, method=method)
+    spoiled = torch.zeros(2, 2, L, dtype=torch.bool)
+    rows = [j] if which == "q" else range(j if causal else 0, L)
+    spoiled[1, 1, list(rows)] = True
+    assert torch.equal(out.isnan().all(-1), spoiled)
+    assert torch.equal(out.isnan().any(-1), spoiled)
+    off = (out - clean).abs().amax(-1)[~spoiled].max()
+    assert off < 1e-3
+    # and no gradient hides it
+    (grad,) = torch.autograd.grad(out.sum(), a["v"])
+    assert grad[1, 1].isnan().any() and grad[0].isfinite().all()
+
+
+@both
+def test_norms_that_overflow_are_no_small_norms(causal):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 1, 600, 128, generator=g).sign() * 2.0**63
+    at = torch.randint(128, (1, 1, 600, 1), generator=g)
+    k = torch.zeros_like(q).scatter_(3, at, 2.0**63)
+    v = torch.randn(1, 1, 600, 128, generator=g)
+    want = las_dense(q, k, v, torch.tensor([0.5]), 1, causal=causal)
+    for method in ("auto", "linear"):
+        got = las_attention(q, k, v, (0.5,), 1, causal=causal, method=method)
+        torch.testing.assert_close(got, want)
+
+
+# --- what is no number
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(chunk=True), "chunk must be a whole number"),
+        (dict(score_bound=True), "score_bound must be a finite number"),
+        (dict(score_bound=10**400), "score_bound must be a finite number"),
+        (dict(rates=(True, 0.1)), "rates must be 2 finite numbers"),
+        (dict(lengths=[None]), "lengths must be whole numbers"),
+        (dict(lengths="ab"), "lengths must be whole numbers"),
+        (dict(lengths=[2**70]), "lengths must be whole numbers"),
+        (dict(cu_seqlens=[0.0, 40.0]), "cu_seqlens must be whole numbers"),
+        (dict(cu_seqlens=[None, 3]), "cu_seqlens must be whole numbers"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_named(wrong, says):
+    x = noise(1, 2, 40, 8)
+    with pytest.raises(ValueError, match=says):
+        las_attention(x, x, x, **dict(rates=(0.0, 0.1)) | wrong)

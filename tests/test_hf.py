@@ -382,3 +382,38 @@ def test_an_old_library_is_named(monkeypatch):
         ImportError, match="needs transformers >= 5.15 and finds 4.57.6"
     ):
         register_las("hf-old")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(max_rate="0.1"),
+        dict(max_rate=None),
+        dict(max_rate=True),
+        dict(name=None),
+        dict(chunk=True),
+        dict(score_bound=True),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused_at_registration(wrong):
+    with pytest.raises(ValueError):
+        register_las(**dict(name="hf-wrong") | wrong)
+
+
+def test_what_is_registered_stays(tmp_path):
+    "Lists that change later, numbers of numpy: the model and its config agree."
+    numpy = pytest.importorskip("numpy")
+    window = [0.5, 0.5]
+    numbers = dict(score_bound=numpy.float32(64), max_rate=numpy.float32(0.3))
+    register_las("hf-stays", window=window, **numbers)
+    register_las("hf-array", window=numpy.array([0.5, 0.5]), **numbers)
+    model, found = build(), []
+    for name in ("hf-stays", "hf-array"):
+        model.set_attn_implementation(name)
+        found.append(model(noise(), use_cache=False).logits)
+        window[:] = [0.9, 0.1]
+        found.append(model(noise(), use_cache=False).logits)
+        model.save_pretrained(tmp_path / name)
+        assert type(model).from_pretrained(tmp_path / name).config.las
+    assert all(torch.equal(f, found[0]) for f in found)

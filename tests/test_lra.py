@@ -18,7 +18,7 @@ from las_nb.tasks._files import encoded
 from las_nb.tasks.listops import write_listops
 from las_nb.results import arena_table, averages
 from las_nb.tasks import ARENA
-from las_nb.tasks._files import download, extract
+from las_nb.tasks._files import download, extract, made_or_official
 from las_nb.tasks.arena import from_archive
 from las_nb.tasks.image import GREY
 from las_nb.tasks.retrieval import read_pairs
@@ -801,6 +801,47 @@ def test_flipped_bytes_of_equal_size_and_date_are_noticed(tmp_path, own_cache):
     source.write_bytes(b"abxd")
     os.utime(source, ns=(date.st_atime_ns, date.st_mtime_ns))
     assert bytes(encoded([source], parts, "")["test"].values.tolist()) == b"abxd"
+
+
+def test_flipped_bytes_in_the_cache_are_noticed(tmp_path, own_cache):
+    source = tmp_path / "data"
+    source.write_bytes(b"abcd")
+
+    def parts():
+        for part in ("train", "valid", "test"):
+            yield part, 1, source.read_bytes()
+
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "las_nb" / "encoded"
+    for name in ("test.labels", "train.values", "valid.starts"):
+        encoded([source], parts, "")
+        kept = next(cache.glob(f"*/{name}"))
+        good = kept.read_bytes()
+        kept.write_bytes(bytes(x ^ 1 for x in good))
+        found = encoded([source], parts, "")["test"]
+        assert kept.read_bytes() == good and found.labels.tolist() == [1]
+
+
+def test_generated_files_that_were_cut_are_made_again(tmp_path):
+    folder = small_listops(tmp_path)
+    for harm in ("cut", "note"):
+        path = folder / ("basic_test.tsv" if harm == "cut" else "generated.json")
+        whole = path.read_bytes()
+        path.write_bytes(
+            whole[: len(whole) // 2] if harm == "cut" else b'{"source": 1}'
+        )
+        if harm == "note":
+            with pytest.raises(DataError, match="cannot be read; delete"):
+                small_listops(tmp_path)
+        else:
+            small_listops(tmp_path)
+            assert path.read_bytes() == whole
+
+
+def small_listops(root):
+    def write(folder):
+        write_listops(folder, 30, 0, jobs=1)
+
+    return made_or_official(root, "listops", write, "ListOps", 30)[0]
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json, subprocess, sys
 import pytest
 from las_nb.results import load_results
 from las_nb.results.record import gather_records, read_record, record_file, write_record
-from las_nb.train import TrainingError
+from las_nb.train import TrainingError, train
 from pages import NBS
 
 RESULTS = NBS / "results"
@@ -74,3 +74,24 @@ def test_the_results_of_the_book_are_few_files_and_whole():
         names = [json.loads(line)["name"] for line in path.read_text().splitlines()]
         assert len(names) == len(set(names)) > 0
         assert all(record_file(RESULTS, name) == path for name in names)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"test": 1}', "[]", '{"name": "a", "recipe": []}', '{"name": "a", "test": null}'],
+)
+def test_lines_that_are_no_records_are_named(line, tmp_path):
+    (tmp_path / "runs.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="runs.jsonl is no results file"):
+        read_record(tmp_path, "a")
+
+
+@pytest.mark.parametrize("text", ["garbage", "[]", "{}"])
+@pytest.mark.parametrize("name", ["results.json", "recipe.json"])
+def test_a_damaged_run_is_named(name, text, tmp_path):
+    small = dict(dim=8, depth=1, n_heads=2, limit=16, epochs=1, batch_size=8)
+    quiet = dict(progress=False, cpu=True)
+    train("digits", tmp_path / "run", options=quiet, **small)
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises((ValueError, TrainingError), match=f"{name} is damaged|files"):
+        train("digits", tmp_path / "run", resume=True, options=quiet, **small)

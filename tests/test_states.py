@@ -245,3 +245,34 @@ def test_bands_refuse_to_be_differentiated_twice():
     out = las_attention(q, k, v, (0.1, 0.2), causal=False, method="linear")
     with pytest.raises(RuntimeError, match="method='dense'"):
         torch.autograd.grad(out.square().sum(), q, create_graph=True)
+
+
+# --- what changes behind torch's back
+
+
+def test_lengths_that_change_in_shared_memory_are_read_again():
+    numpy = pytest.importorskip("numpy")
+    shared = numpy.array([6, 6])
+    lengths = torch.from_numpy(shared)
+    assert padding.key_mask(lengths, 2, 6).all()
+    shared[:] = 2
+    assert padding.key_mask(lengths, 2, 6).sum() == 4
+    lengths.data[0] = 5
+    assert padding.key_mask(lengths, 2, 6).sum() == 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(momentum=None), dict(track_running_stats=False), dict(affine=False)],
+    ids=str,
+)
+def test_norms_of_every_option_leave_padding_out(options):
+    from las_nb.model import MaskedBatchNorm
+
+    torch.manual_seed(0)
+    ours, torchs = MaskedBatchNorm(4, **options), torch.nn.BatchNorm1d(4, **options)
+    lengths, real = torch.tensor([6, 3]), torch.arange(6) < torch.tensor([[6], [3]])
+    for training in (True, True, True, False):
+        x = noise(2, 6, 4) + torch.randn(4)
+        got = ours.train(training)(x, lengths)[real]
+        torch.testing.assert_close(got, torchs.train(training)(x[real]))

@@ -138,6 +138,28 @@ def _of_heads(window: Window, heads: Sequence[int]) -> Window:
     return w if w.ndim == 1 else w[list(heads)]
 
 
+# %% ../../nbs/function.ipynb #5e7a51de
+def _set_aside(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    causal: bool,  # may query `i` see keys `j <= i` only?
+) -> tuple[torch.Tensor, ...]:  # q, k, v, None or ones and NaN `(B, H, L, 1)`
+    """Rows that are not finite would spoil more than what sees them: zeros take their
+    place, and what the output is to be multiplied by says whom they reach. Values that
+    would have to be waited for are not looked at."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or transformed(q):
+        return q, k, v, None
+    if all(t.detach().sum(dtype=torch.float64).isfinite() for t in (q, k, v)):
+        return q, k, v, None
+    bad, *others = (~t.detach().isfinite().all(-1) for t in (q, k, v))  # (B, H, L)
+    seen = others[0] | others[1]
+    q = q.masked_fill(bad[..., None], 0)
+    k, v = (t.masked_fill(seen[..., None], 0) for t in (k, v))
+    spoiled = seen.cummax(-1).values if causal else seen.any(-1, keepdim=True)
+    return q, k, v, torch.where(bad | spoiled, math.nan, 1.0).to(v.dtype)[..., None]
+
+
 # %% ../../nbs/function.ipynb #bc9c02b1
 def _las_fast(
     q: torch.Tensor,  # queries `(B, H, L, D)`
@@ -156,6 +178,7 @@ def _las_fast(
     """Smooth keys or values, plan, and let every group of heads go its way; padding
     comes cleared."""
     H, D, Dv, dtype = q.shape[1], q.shape[3], v.shape[3], v.dtype
+    q, k, v, spoiled = _set_aside(q, k, v, causal)
     if tol is None:
         tol = TOL[dtype]
     # rescaled, smoothed or scaled, in half precision, they would be rounded again
@@ -189,7 +212,8 @@ def _las_fast(
     o = torch.cat(outputs, 1)
     if heads != list(range(H)):
         o = o[:, sorted(range(H), key=heads.__getitem__)]
-    return _or_nan(o[..., :Dv].to(dtype), kept)
+    o = o[..., :Dv].to(dtype)
+    return _or_nan(o if spoiled is None else o * spoiled, kept)
 
 
 # %% ../../nbs/function.ipynb #c0ffee42
@@ -333,7 +357,16 @@ def _all_between(low: float, values: Any, high: float) -> bool:
     "Is every one a number, not a tensor, from `low` up to, not including, `high`?"
     good = isinstance(values, (tuple, list)) or getattr(values, "ndim", 0) == 1
     good = good and all(isinstance(x, numbers.Real) for x in values)
-    return good and all(low <= x < high for x in values)
+    good = good and not any(isinstance(x, bool) for x in values)
+    return good and all(low <= x < high and _is_float(x) for x in values)
+
+
+def _is_float(x: Any) -> bool:
+    "Can a float hold it? Whole numbers of Python have no end."
+    try:
+        return math.isfinite(float(x))
+    except OverflowError:
+        return False
 
 
 def check_limits(
@@ -353,7 +386,7 @@ def check_limits(
             f"score_bound must be a finite number > 0, or {n_heads} of them, one per "
             f"head, no tensor; got {score_bound!r}"
         )
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise ValueError(f"chunk must be a whole number >= 1; got {chunk!r}")
 
 

@@ -33,8 +33,8 @@ def score_bounds(
     k: torch.Tensor,  # keys `(B, H, L, D)`
 ) -> torch.Tensor:  # `(H,)`, float32 at least
     """S of every head, by Cauchy and Schwarz: `|q_i . k_j| / sqrt(D)` is at most the
-    largest `|q|` times the largest `|k|`, over `sqrt(D)`. Rows that are not finite do
-    not count: what they spoil shows in the output."""
+    largest `|q|` times the largest `|k|`, over `sqrt(D)`. Rows with NaN do not count:
+    what they spoil shows in the output."""
     wide = torch.promote_types(q.dtype, torch.float32)
     # squares of huge entries overflow
     return _level_bounds(*level(q.detach().to(wide), k.detach().to(wide)))
@@ -44,7 +44,7 @@ def _level_bounds(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     "score_bounds of what is level already."
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = (torch.linalg.vector_norm(t.detach(), dim=-1, dtype=wide) for t in (q, k))
-    q_norm, k_norm = (r.nan_to_num(0, 0, 0).amax((0, 2)) for r in rows)
+    q_norm, k_norm = (r.nan_to_num(0, math.inf).amax((0, 2)) for r in rows)
     return q_norm * k_norm / math.sqrt(q.shape[-1])
 
 
@@ -73,7 +73,9 @@ def _band_with(
 ) -> Band | None:
     "The band of a head whose first far keys are `lead` blocks; see fit_band."
     n, share = 1, 0.9 * tol if order else tol  # of order 1: what is beyond is cheap
-    for _ in range(3):  # blocks depend on the reach, which depends on blocks
+    # blocks depend on the reach, which depends on blocks; compilers get a first guess,
+    # which is right for any number of far keys
+    for _ in range(1 if torch.compiler.is_compiling() else 3):
         delta = far_delta(share, order, rate, n)
         near = later = _near_keys(rate, bound, delta)
         if near == math.inf:
@@ -104,12 +106,16 @@ def fit_band(
     first queries are exact, the smaller the reach of all others."""
     if tol <= 0 or rate == 0:
         return None
-    best, least = None, math.inf
+    cap, best, least = safe_limit(dtype, bound), None, math.inf
+    if torch.compiler.is_compiling():
+        band = _band_with(rate, bound, tol, order, unit, cap, 1)
+        fits = band and band.first < L and rate * (band.first - 1) <= cap
+        return band if fits else None
     for lead in (1, 2, 4, 8, 16):
-        band = _band_with(rate, bound, tol, order, unit, safe_limit(dtype, bound), lead)
+        band = _band_with(rate, bound, tol, order, unit, cap, lead)
         while band and not serves(band, rate, bound, tol, dtype):
             wider = band._replace(reach=band.reach + band.block)
-            fits = rate * (wider.first - 1) <= safe_limit(dtype, bound)
+            fits = rate * (wider.first - 1) <= cap
             band = wider if fits and wider.first < L else None
         if band and band.first < L:
             keys = band.first**2 / 2 + (L - band.first) * (band.block + band.reach)
@@ -252,6 +258,8 @@ def plan(
 
     Raises `ValueError` when method is "sdpa" and a rate is too large for it."""
     H, tol = len(rates), TOL[dtype] if tol is None else tol
+    if torch.compiler.is_compiling() and tol > 0:
+        tol = math.exp(math.log(tol))  # a number, of which it makes no symbol
     if method == "auto" and is_small(batch, H, L, width, window):
         method = "dense"
     if method in ("dense", "flex"):

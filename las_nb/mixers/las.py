@@ -91,8 +91,9 @@ class SelfAttention(nn.Module):
 
 # %% ../../nbs/layer.ipynb #d5d47380
 def frozen(value: Any) -> Any:
-    "`value` as a model keeps it: lists and tensors, also in lists, become tuples."
-    if isinstance(value, torch.Tensor):
+    """`value` as a model keeps it: lists, arrays and tensors, also in lists, become tuples
+    of plain numbers."""
+    if hasattr(value, "tolist"):  # of torch or numpy
         value = value.tolist()
     return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 

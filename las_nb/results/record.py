@@ -97,12 +97,25 @@ def record_file(
     return Path(results) / f"{name.rpartition('/')[0] or 'runs'}.jsonl"
 
 
+def _is_record(found: Any) -> bool:
+    "Is it what a record must be, as far as others rely on it?"
+    kinds = dict(name=str, command=str, curve=dict, test=(int, float), recipe=dict)
+    return (
+        isinstance(found, dict)
+        and "name" in found
+        and all(isinstance(found[k], t) for k, t in kinds.items() if k in found)
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _parsed(path: Path, stamp: tuple[int, int]) -> dict[str, dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return {record["name"]: record for record in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError):
+        records = [json.loads(line) for line in lines]
+        if not all(map(_is_record, records)):
+            raise ValueError
+        return {record["name"]: record for record in records}
+    except ValueError:
         raise ValueError(
             f"{path} is no results file; delete it and make it again"
         ) from None
@@ -151,7 +164,10 @@ def gather_records(
     "Move records that stand in a file each into the file that holds them now."
     results, moved = Path(results), 0
     for path in sorted([*results.glob("*.json"), *results.glob("*/*.json")]):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path} is no JSON; delete or mend it") from None
         if isinstance(record, dict) and {"command", "curve", "test"} <= set(record):
             name = path.relative_to(results).with_suffix("").as_posix()
             write_record(results, name, record)

@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, IO, Iterable, Iterator
-from .._util import DataError, _cores, at_home, replace_file
+from .._util import DataError, _cores, at_home, read_json, replace_file
 from .sequences import Sequences
 
 
@@ -114,9 +114,23 @@ def _known(folder: Path, mark: str) -> dict[str, Any] | None:
         facts = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f != path}
+    files = [f for f in folder.iterdir() if f != path]
+    sizes = {f.name: f.stat().st_size for f in files}
     whole = facts.get("mark") == mark and facts["sizes"] == sizes
-    return facts if whole else None
+    return facts if whole and facts.get("digest") == _digest(files) else None
+
+
+def _digest(files: list[Path]) -> str:
+    """A checksum of contents; of what exceeds 64 MiB in a file, its ends alone: reading
+    gigabytes would take longer than opening them."""
+    digest, most = hashlib.sha256(), 2**26
+    for path in sorted(files):
+        with open(path, "rb") as f:
+            digest.update(f.read(most))
+            if path.stat().st_size > most:
+                f.seek(max(most, path.stat().st_size - 2**20))
+                digest.update(f.read())
+    return digest.hexdigest()
 
 
 def _mapped(
@@ -151,8 +165,10 @@ def _write_encoded(
     aside.mkdir()
     try:
         towers = _write_parts(aside, parts)
-        sizes = {f.name: f.stat().st_size for f in aside.iterdir()}
-        text = json.dumps(facts | dict(sizes=sizes, towers=towers))
+        files = list(aside.iterdir())
+        sizes = {f.name: f.stat().st_size for f in files}
+        facts = facts | dict(sizes=sizes, towers=towers, digest=_digest(files))
+        text = json.dumps(facts)
         (aside / "facts.json").write_text(text)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -224,7 +240,7 @@ def noted(folder: Path) -> dict[str, Any] | None:
     """The note beside generated data, or None where there is none: the data are
     official."""
     try:
-        return json.loads((folder / "generated.json").read_text())
+        return read_json(folder / "generated.json", "source", "done")
     except OSError:
         return None
     except ValueError:
@@ -257,7 +273,7 @@ def made_or_official(
         note = noted(found)
         if note is None and _visible(found):
             return found, "official files"
-        if _finished(note, edition) and whole(found):
+        if _finished(note, edition, found) and whole(found):
             return found, note["source"]
     source = f"SAMPLE: {what}, seed {seed}"
     if not sample:
@@ -270,7 +286,7 @@ def made_or_official(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
             note = noted(folder)
-            if not (_finished(note, edition) and whole(folder)):
+            if not (_finished(note, edition, folder) and whole(folder)):
                 # first: what is half made must not pass for official
                 _note(folder, source, False, edition)
                 write(folder)
@@ -286,13 +302,22 @@ def made_or_official(
 # %% ../../nbs/files.ipynb #700bd43d
 def _note(folder: Path, source: str, done: bool, edition: int) -> None:
     "Say of a folder where its data come from, and whether they are whole."
-    text = json.dumps(dict(source=source, done=done, edition=edition))
+    sizes = _sizes(folder) if done else {}
+    text = json.dumps(dict(source=source, done=done, edition=edition, sizes=sizes))
     replace_file(folder / "generated.json", text.encode())
 
 
-def _finished(note: dict[str, Any] | None, edition: int) -> bool:
-    "Whether a note says that this edition of the data is whole."
-    return bool(note) and note["done"] and note.get("edition", 1) == edition
+def _sizes(folder: Path) -> dict[str, int]:
+    "Bytes of the data files that lie in a folder itself."
+    files = [p for p in folder.iterdir() if p.is_file() and p.name[0] != "."]
+    return {p.name: p.stat().st_size for p in files if p.name != "generated.json"}
+
+
+def _finished(note: dict[str, Any] | None, edition: int, folder: Path) -> bool:
+    "Whether a note says that this edition of the data is whole, and files agree."
+    if not note or not note["done"] or note.get("edition", 1) != edition:
+        return False
+    return note.get("sizes", {}).items() <= _sizes(folder).items()
 
 
 def _visible(folder: Path) -> bool:

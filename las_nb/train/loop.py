@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 from fastcore.basics import patch
 from .._util import Stopped, TrainingError, at_home, check_choice, commit_id
-from .._util import replace_file, world_size
+from .._util import read_json, replace_file, world_size
 from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
 from ..model import LaSTransformer, count_parameters
@@ -914,7 +914,7 @@ def train(
             # a run killed at its very end
             for p in checkpoints(out):
                 shutil.rmtree(p, ignore_errors=True)
-            return json.loads((out / "results.json").read_text())
+            return read_json(out / "results.json", "name", "test")
     return Trainer(recipe, out, name=name, **options or {}).run()
 
 
@@ -923,7 +923,7 @@ def _stored_recipe(out: Path) -> Recipe | None:
     "The recipe of the run in a folder, if there is one."
     try:
         if (out / "results.json").exists():
-            return read_recipe(json.loads((out / "recipe.json").read_text()))
+            return read_recipe(read_json(out / "recipe.json"))
         if found := checkpoints(out):
             return read_recipe(read_facts(found[-1])["recipe"])
     except (OSError, ValueError, TypeError, KeyError) as e:
@@ -942,7 +942,7 @@ def load_run(
     path = at_home(path)
     try:
         if (path / "config.json").exists() and (path / "recipe.json").exists():
-            recipe = read_recipe(json.loads((path / "recipe.json").read_text()))
+            recipe = read_recipe(read_json(path / "recipe.json"))
             check_mixer(recipe.mixer.name, ("plain", *MIXERS))
             return LaSTransformer.from_pretrained(path), recipe
         folder = (
