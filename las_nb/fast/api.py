@@ -357,14 +357,15 @@ def _all_between(low: float, values: Any, high: float) -> bool:
     "Is every one a number, not a tensor, from `low` up to, not including, `high`?"
     good = isinstance(values, (tuple, list)) or getattr(values, "ndim", 0) == 1
     good = good and all(isinstance(x, numbers.Real) for x in values)
-    good = good and not any(isinstance(x, bool) for x in values)
-    return good and all(low <= x < high and _is_float(x) for x in values)
+    if not good or not all(map(_is_float, values)):
+        return False
+    return all(low <= x < high for x in values)
 
 
 def _is_float(x: Any) -> bool:
-    "Can a float hold it? Whole numbers of Python have no end."
+    "Can a float hold it? Whole numbers of Python have no end, and True is none."
     try:
-        return math.isfinite(float(x))
+        return not isinstance(x, bool) and math.isfinite(float(x))
     except OverflowError:
         return False
 

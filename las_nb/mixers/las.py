@@ -91,8 +91,8 @@ class SelfAttention(nn.Module):
 
 # %% ../../nbs/layer.ipynb #d5d47380
 def frozen(value: Any) -> Any:
-    """`value` as a model keeps it: lists, arrays and tensors, also in lists, become tuples
-    of plain numbers."""
+    """`value` as a model keeps it: lists, arrays and tensors, also in lists, become
+    tuples of plain numbers."""
     if hasattr(value, "tolist"):  # of torch or numpy
         value = value.tolist()
     return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value

@@ -100,11 +100,10 @@ def record_file(
 def _is_record(found: Any) -> bool:
     "Is it what a record must be, as far as others rely on it?"
     kinds = dict(name=str, command=str, curve=dict, test=(int, float), recipe=dict)
-    return (
-        isinstance(found, dict)
-        and "name" in found
-        and all(isinstance(found[k], t) for k, t in kinds.items() if k in found)
-    )
+    if not isinstance(found, dict) or "name" not in found:
+        return False
+    known = kinds.keys() & found.keys()
+    return all(isinstance(found[key], kinds[key]) for key in known)
 
 
 @functools.lru_cache(maxsize=64)

@@ -107,6 +107,7 @@ def _mark(files: list[Path]) -> str:
     return _hash(repr((2, facts, content.hexdigest())))  # 2: this format
 
 
+# %% ../../nbs/files.ipynb #5e7a51d0
 def _known(folder: Path, mark: str) -> dict[str, Any] | None:
     "The facts about what is kept, if it is of these files and whole."
     path = folder / "facts.json"
@@ -309,8 +310,9 @@ def _note(folder: Path, source: str, done: bool, edition: int) -> None:
 
 def _sizes(folder: Path) -> dict[str, int]:
     "Bytes of the data files that lie in a folder itself."
-    files = [p for p in folder.iterdir() if p.is_file() and p.name[0] != "."]
-    return {p.name: p.stat().st_size for p in files if p.name != "generated.json"}
+    files = {p for p in folder.glob("[!.]*") if p.is_file()}
+    files.discard(folder / "generated.json")
+    return {p.name: p.stat().st_size for p in files}
 
 
 def _finished(note: dict[str, Any] | None, edition: int, folder: Path) -> bool:
