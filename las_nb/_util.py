@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "EXTENSIONS",
     "nearest",
     "check_choice",
     "at_home",
@@ -12,6 +13,7 @@ __all__ = [
     "world_size",
     "is_first",
     "commit_id",
+    "import_extension",
     "refuse",
     "DataError",
     "TrainingError",
@@ -135,6 +137,25 @@ def commit_id() -> str:
         return _git("describe", "--always", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# %% ../nbs/util.ipynb #c0ffee05
+EXTENSIONS: list[str] = []  # modules that were imported so
+
+
+def import_extension(
+    name: str,  # of a module, found from here as well
+    who: str = "--import",  # who asks for it
+) -> None:
+    "Import a module that registers layers or tasks; raises `ValueError` if it cannot."
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        importlib.import_module(name)
+    except ImportError as e:
+        raise ValueError(f"{who} {name}: {e}") from None
+    if name not in EXTENSIONS:
+        EXTENSIONS.append(name)
 
 
 # %% ../nbs/util.ipynb #bf1ee79a

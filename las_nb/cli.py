@@ -10,8 +10,8 @@ import contextlib, os, sys
 from pathlib import Path
 from typing import Any, Callable
 from . import settings
-from ._command import guarded, import_extension, needs, parse, summary
-from ._util import check_choice, is_first, nearest, refuse
+from ._command import guarded, needs, parse, summary
+from ._util import check_choice, import_extension, is_first, nearest, refuse
 
 
 # %% ../nbs/cli.ipynb #fbb86846

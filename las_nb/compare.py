@@ -24,8 +24,8 @@ import io, itertools, json, os, re, statistics, time
 import torch
 from pathlib import Path
 from typing import Any, Callable
-from ._command import guarded, import_extension
-from ._util import check_choice, commit_id, replace_file
+from ._command import guarded
+from ._util import check_choice, commit_id, import_extension, replace_file
 from .bench import _in_turn, in_own_process, peak_of, training_step
 from .experiments import work_off
 from .model import count_parameters

@@ -9,9 +9,9 @@ __all__ = ["experiments", "same_settings", "status", "work_off"]
 import dataclasses, fnmatch, functools, gc, json, math, sys, time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
-from ._command import EXTENSIONS, guarded, import_extension, needs, summary
-from ._command import trouble
-from ._util import nearest, refuse, replace_file, world_size
+from ._command import guarded, needs, summary, trouble
+from ._util import EXTENSIONS, import_extension, nearest, refuse, replace_file
+from ._util import world_size
 from .cluster import on_ray
 from .results.record import read_record, recipe_of, record_file, write_record
 from .settings import Work, flat, read_recipe

@@ -66,6 +66,8 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         elsewhere; they enter the running ones."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         n = real.sum()
+        if not holds(n > 1):
+            raise ValueError("batch norm trains on at least two real positions; got 1")
         mean = x.sum((0, 1)) / n
         var = (x - mean).masked_fill(~real, 0).square().sum((0, 1)) / n
         if self.running_mean is None:  # none are kept

@@ -1,11 +1,12 @@
 """The command `las`: quick to say what it knows, one line for what it does not."""
 
-import subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 import pytest
 from las_nb.settings import Train, flat
 from las_nb._command import parse
-from las_nb.train import preset
+from las_nb.train import command_line, preset
+from las_nb.train.recipe import read_command
 
 LAS = Path(sys.executable).parent / "las"
 LAYER = """
@@ -80,6 +81,12 @@ def test_values_keep_their_types():
     assert asked.mixer.window == 5
 
 
+@pytest.mark.parametrize("window", [5, (1.0,), (0.5, 0.5), (0.5,)])
+def test_a_window_survives_its_command(window):
+    recipe = preset("digits", window=window)
+    assert read_command(command_line(recipe)) == recipe
+
+
 def test_a_layer_from_outside_in_every_command(tmp_path):
     (tmp_path / "my_layers.py").write_text(LAYER)
     words = ["train", "digits", "--model", "same", *SMALL, "--out", "run"]
@@ -88,6 +95,9 @@ def test_a_layer_from_outside_in_every_command(tmp_path):
     imported = ["--import", "my_layers"]
     done = las(*words, "--mixer.gain=2", *imported, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "run" / "results.json").read_text())["command"]
+    assert said.endswith("--import my_layers")
+    assert read_command("las train digits --import a") == preset("digits")
     for command in (["eval", "run", "--cpu"], words + ["--resume"]):
         lost = las(*command, cwd=tmp_path)
         assert lost.returncode == 2 and lost.stderr.count("\n") == 1

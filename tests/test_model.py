@@ -1,7 +1,8 @@
 import itertools
 import pytest, torch
 from las_nb.mixers import LaSAttention
-from las_nb.model import LaSTransformer, count_parameters, pool_positions
+from las_nb.model import LaSTransformer, MaskedBatchNorm, count_parameters
+from las_nb.model import pool_positions
 
 GRID = list(
     itertools.product(
@@ -246,3 +247,12 @@ def test_padding_may_hold_impossible_tokens():
 def test_half_precision_mean_does_not_overflow():
     x = torch.full((1, 70_000, 1), 5.0, dtype=torch.float16)
     assert pool_positions(x).item() == 5
+
+
+def test_batch_norm_needs_two_positions():
+    "As torch's own: one position has no spread."
+    norm, x = MaskedBatchNorm(4), torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match="at least two real positions"):
+        norm(x[:1], torch.tensor([1]))
+    assert norm(x, torch.tensor([1, 1])).isfinite().all()
+    assert norm.eval()(x[:1], torch.tensor([1])).isfinite().all()

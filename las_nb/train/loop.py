@@ -12,7 +12,8 @@ import torch
 from pathlib import Path
 from typing import Any, Callable
 from fastcore.basics import patch
-from .._util import Stopped, TrainingError, at_home, check_choice, commit_id
+from .._util import EXTENSIONS, Stopped, TrainingError, at_home, check_choice
+from .._util import commit_id
 from .._util import read_json, replace_file, world_size
 from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
@@ -790,7 +791,7 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
     r = self.recipe
     return dict(
         name=self.name,
-        command=command_line(r),
+        command=" ".join([command_line(r), *(f"--import {m}" for m in EXTENSIONS)]),
         recipe=stored(r),
         identity=identity(r),
         commit=", ".join(self.commits),

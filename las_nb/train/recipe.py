@@ -175,9 +175,9 @@ def read_command(
         name, _, value = option.partition(" ")
         if name == "mixer_options":
             settings[name] = read_options(value)
-        elif name == "window" and " " in value:
+        elif name == "window" and not value.isdigit():
             settings[name] = tuple(map(float, value.split()))
-        else:
+        elif name != "import":
             settings[name] = one_value(value)
     return preset(task, **settings)
 
