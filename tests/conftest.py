@@ -5,6 +5,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest, torch
+from las_nb._util import EXTENSIONS
 
 # without a GPU, its kernels are run by Triton's interpreter; read when they are made
 if not torch.cuda.is_available():
@@ -12,6 +13,13 @@ if not torch.cuda.is_available():
 
 # what builds pages; the tests look at its work
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
+
+
+@pytest.fixture(autouse=True)
+def own_extensions():
+    "What a test imports by --import is not named in the records of the next one."
+    yield
+    EXTENSIONS.clear()
 
 
 @pytest.fixture

@@ -78,8 +78,8 @@ weights = (work / "whole" / "model.safetensors").read_bytes()
 steps = [i for i, p in enumerate(points) if p == "after learn"]
 test = max(i for i, p in enumerate(points) if p == "after evaluate")
 chosen = {
-    *range(steps[1], steps[2], 3),
-    *range(test, len(points), 2),
+    *range(steps[1], steps[2], 5),
+    *range(test, len(points), 4),
     *(i for i, p in enumerate(points) if p.endswith(("learn", "evaluate"))),
 }
 failed = 0

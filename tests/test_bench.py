@@ -1,6 +1,7 @@
-import json, subprocess, sys
+import functools, json
 from pathlib import Path
 import pytest, torch
+from forked import forked
 from las_nb import bench
 from las_nb.bench import (
     WAYS,
@@ -16,14 +17,7 @@ from las_nb.bench import (
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"
 
 
-def command(*args, **kw):
-    return subprocess.run(
-        [Path(sys.executable).parent / "las_bench", *args],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        **kw,
-    )
+command = functools.partial(forked, "las_bench")
 
 
 @pytest.mark.parametrize(

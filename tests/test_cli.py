@@ -1,8 +1,9 @@
 """The command `las`: quick to say what it knows, one line for what it does not."""
 
-import json, subprocess, sys
+import functools, json, subprocess, sys
 from pathlib import Path
 import pytest
+from forked import forked
 from las_nb.settings import Train, flat
 from las_nb._command import parse
 from las_nb.train import command_line, preset
@@ -21,9 +22,7 @@ register_mixer("same", Same)
 SMALL = "--dim 8 --depth 1 --n-heads 2 --limit 40 --epochs 1 --cpu".split()
 
 
-def las(*words, cwd=None):
-    command = [LAS, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+las = functools.partial(forked, "las")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from las_nb.train import checkpoints, train
 
 pytest.importorskip("ray")
 LAS = Path(sys.executable).parent / "las"
-SMALL = dict(dim=16, depth=1, n_heads=2, limit=400, epochs=6, batch_size=4)
+SMALL = dict(dim=16, depth=1, n_heads=2, limit=200, epochs=3, batch_size=4)
 GRID = """
 seeds = [0]
 cost = false

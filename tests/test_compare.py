@@ -4,6 +4,7 @@ seeds, and the command from start to end."""
 import json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
+from forked import forked
 from las_nb.compare import (
     count,
     equalised,
@@ -48,23 +49,9 @@ def grid(tmp_path):
     return tmp_path
 
 
-def las_compare(folder, *args, **kw):
-    return subprocess.run(
-        [
-            BIN / "las_compare",
-            "tiny.toml",
-            *args,
-            "--cpu",
-            "--results",
-            "results",
-            "--out",
-            "runs",
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        **kw,
-    )
+def las_compare(folder, *args, env=None):
+    where = "--cpu --results results --out runs".split()
+    return forked("las_compare", "tiny.toml", *args, *where, cwd=folder, env=env)
 
 
 def test_cells_are_the_product_seeds_outermost(grid):

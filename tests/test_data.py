@@ -1,6 +1,7 @@
-import functools, hashlib, http.server, os, subprocess, sys, threading
+import functools, hashlib, http.server, os, threading
 from pathlib import Path
 import pytest, torch
+from forked import forked
 from torchvision.datasets import MNIST
 import tiny_mnist
 from las_nb.tasks import (
@@ -14,8 +15,6 @@ from las_nb.tasks import (
     shuffled,
 )
 from las_nb.tasks.smnist import mnist_file
-
-COMMAND = str(Path(sys.executable).with_name("las_data"))
 
 
 @pytest.fixture
@@ -179,7 +178,7 @@ def test_unknown_task_names_the_nearest():
 
 
 def test_command(tmp_path):
-    done = subprocess.run([COMMAND, "digits"], capture_output=True, text=True)
+    done = forked("las_data", "digits")
     assert (
         done.returncode == 0
         and describe("digits") in done.stdout
@@ -189,13 +188,9 @@ def test_command(tmp_path):
         (["smist"], "did you mean smnist"),
         (["smnist", "--root", "/dev/null"], "cannot get"),
     ):
-        done = subprocess.run(
-            [COMMAND, *args],
-            capture_output=True,
-            text=True,
-            env=os.environ
-            | dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9"),
-        )
+        nowhere = "http://127.0.0.1:9"
+        env = os.environ | dict(http_proxy=nowhere, https_proxy=nowhere)
+        done = forked("las_data", *args, env=env)
         assert (
             done.returncode == 2
             and says in done.stderr

@@ -412,7 +412,8 @@ def test_pages_are_accessible(site, browser):
         }
         found = axe.run(
             p,
-            context=".play" if path.stem == "play" else None,
+            # code is many words and no controls
+            context=".play" if path.stem == "play" else {"exclude": [["pre"]]},
             options={
                 "runOnly": ["wcag2a", "wcag2aa"],
                 "rules": rules,

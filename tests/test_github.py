@@ -1,9 +1,9 @@
 """Workflows, forms and notes for GitHub: checked against its published schemas, and
 against the files that they lean on."""
 
-import os, re, shutil, subprocess, sys
-from pathlib import Path
-import pytest, yaml
+import os, re, shutil, subprocess
+import check_jsonschema, pytest, yaml
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.version import Version
 import pages
@@ -39,16 +39,8 @@ def steps(path):
 
 
 def check(path, schema):
-    return subprocess.run(
-        [
-            Path(sys.executable).parent / "check-jsonschema",
-            "--builtin-schema",
-            f"vendor.{schema}",
-            path,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = ["--builtin-schema", f"vendor.{schema}", str(path)]
+    return CliRunner().invoke(check_jsonschema.main, words)
 
 
 def shell(job, name, cwd, workflow_name, **env):
@@ -76,7 +68,7 @@ def shell(job, name, cwd, workflow_name, **env):
 @pytest.mark.parametrize("path, schema", CHECKED, ids=lambda x: getattr(x, "name", ""))
 def test_fits_the_published_schema(path, schema):
     done = check(path, schema)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(
@@ -102,7 +94,7 @@ def test_a_slip_does_not_fit(path, schema, old, new, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert old in text
     (tmp_path / path.name).write_text(text.replace(old, new), encoding="utf-8")
-    assert check(tmp_path / path.name, schema).returncode != 0
+    assert check(tmp_path / path.name, schema).exit_code != 0
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.name)

@@ -4,6 +4,7 @@ similar length, training on them."""
 import http.server, io, json, os, re, subprocess, sys, tarfile, threading, time
 from pathlib import Path
 import numpy as np, pytest, torch
+from forked import forked
 from las_nb.tasks import retrieval, text as reviews
 from las_nb.tasks import (
     Batch,
@@ -26,7 +27,6 @@ from las_nb.tasks.text import read_imdb
 from las_nb.settings import flat
 from las_nb.train import Stopped, build, preset, train
 
-BIN = Path(sys.executable).parent
 QUIET = dict(progress=False, cpu=True)
 
 
@@ -206,12 +206,7 @@ def test_the_command_without_a_network(task, says, tmp_path):
     env = os.environ | dict(
         http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9"
     )
-    done = subprocess.run(
-        [BIN / "las_data", task, "--root", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
+    done = forked("las_data", task, "--root", tmp_path, env=env)
     assert (
         done.returncode == 2
         and says in done.stderr
@@ -887,32 +882,15 @@ def test_smoke_preset_trains_on_a_sample(task, samples, tmp_path):
 
 
 def test_the_command_names_sample_and_floor(samples, tmp_path):
-    done = subprocess.run(
-        [
-            BIN / "las_train",
-            "listops",
-            "--preset",
-            "smoke",
-            "--cpu",
-            "--root",
-            samples,
-            "--out",
-            tmp_path / "r",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = ["listops", "--preset", "smoke", "--cpu", "--root", samples]
+    done = forked("las_train", *words, "--out", tmp_path / "r")
     assert (
         done.returncode == 0
         and "(on a SAMPLE)" in done.stdout
         and "majority class alone" in done.stdout
         and "root operator alone" in done.stdout
     )
-    done = subprocess.run(
-        [BIN / "las_eval", tmp_path / "r", "--root", samples, "--cpu"],
-        capture_output=True,
-        text=True,
-    )
+    done = forked("las_eval", tmp_path / "r", "--root", samples, "--cpu")
     assert (
         done.returncode == 0
         and f"test {json.loads((tmp_path / 'r/results.json').read_text())['test']:.2f} "
@@ -986,31 +964,13 @@ def test_learned_positions_reach_far_enough():
     ],
 )
 def test_wrong_requests_for_data(args, says, tmp_path):
-    done = subprocess.run(
-        [BIN / "las_data", *args, "--root", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+    done = forked("las_data", *args, "--root", tmp_path)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_data_command_makes_what_is_asked(tmp_path):
-    done = subprocess.run(
-        [
-            BIN / "las_data",
-            "pathfinder",
-            "--size",
-            "40",
-            "--seed",
-            "3",
-            "--jobs",
-            "1",
-            "--root",
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = "pathfinder --size 40 --seed 3 --jobs 1 --root".split()
+    done = forked("las_data", *words, tmp_path)
     assert (
         done.returncode == 0
         and "| train | 40 |" in done.stdout

@@ -1,0 +1,50 @@
+"""The commands of las in a copy of this process, which has loaded torch already: a new
+Python takes seconds for it. What a new one does is tried in test_cli and test_package."""
+
+import os, signal, subprocess, sys, tempfile, traceback
+from pathlib import Path
+
+
+def _become(words, files, cwd, env):
+    "In the copy: take over streams, folder and environment, and run; the exit code."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, file in enumerate(files, 1):
+        os.dup2(file.fileno(), number)
+    sys.stdin = open(os.devnull)
+    sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
+    os.chdir(cwd or os.getcwd())
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    sys.argv = words
+    try:
+        from las_nb.cli import main
+
+        main()
+        return 0
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def forked(command, *args, cwd=None, env=None):
+    "What subprocess.run gives for a command of las, with its output as text."
+    words = [str(Path(sys.executable).parent / command), *map(str, args)]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                code = _become(words, (out, err), cwd, env)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read().decode())
+    return subprocess.CompletedProcess(words, code, *said)
