@@ -14,7 +14,7 @@ from .attention import attention_scores, check_qkv, masked_softmax, one_dtype
 from .fast import METHODS, las_attention
 from .fast.api import check_limits
 from .las import POOLS
-from .locality import exact_rates
+from .locality import check_rates, exact_rates
 from .mixers.las import frozen
 from .smoothing import Window, smooth_scores, smooth_weights, window_weights
 
@@ -87,9 +87,12 @@ def las_step(
     check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     n, L = q.shape[-2], k.shape[-2]
     q, k, v = one_dtype(q, k, v)
+    check_rates(rates, q.shape[1])
+    j = torch.arange(L, device=q.device)
     if lengths is None:
         lengths = torch.full((len(q),), L, device=q.device)
-    j = torch.arange(L, device=q.device)
+    else:  # padding may hold anything
+        v = v.masked_fill((j >= lengths[:, None])[:, None, :, None], 0)
     # (B, 1, n, 1): where the queries stand
     i = (lengths[:, None] - n + j[:n]).clamp_min(0)[:, None, :, None]
     seen = j <= i  # (B, 1, n, L)
@@ -98,7 +101,8 @@ def las_step(
     smooth = functools.partial(_smooth_blocks, lengths=lengths, chunk=chunk)
     with torch.autocast(q.device.type, enabled=False):
         s = attention_scores(q, k)  # (B, H, n, L)
-        e = s * torch.exp(-rates.to(s)[:, None, None] * (i - j).abs())
+        alpha = rates.to(s.device, torch.float64)[:, None, None]
+        e = s * torch.exp(-alpha * (i - j).abs()).to(s)
         if pool == "scores":
             w = masked_softmax(smooth(smooth_scores, e, window), seen)
         else:
@@ -273,12 +277,16 @@ def _padding_mask(
     # all that can be known without reading values
     if compiling and not isinstance(end, torch.Tensor) and end == kv_length:
         return attention_mask
-    return _real_tokens(attention_mask, batch_size, end, kv_length, device)
+    real = _real_tokens(attention_mask, batch_size, end, kv_length, device)
+    if real is not None and not compiling:
+        real.las_causal = causal  # layers may take it otherwise, see _is_causal
+    return real
 
 
 # %% ../nbs/21_adapt.ipynb #5a1f0c14
 # what is told to every layer and changes nothing in it
 _TOLD = ("position_ids", "cache_position", "use_cache", "num_items_in_batch")
+_TOLD += ("logits_to_keep",)
 _TOLD += ("output_hidden_states", "output_router_logits", "return_dict")
 # what layers call a second sequence
 _SECOND = {"key_value_states", "encoder_hidden_states", "cross_attention_states"}
@@ -469,7 +477,8 @@ def _attention_of(
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         _warn_if_other(module, name)
-        causal = _is_causal(module, is_causal)
+        causal = getattr(attention_mask, "las_causal", None)
+        causal = _is_causal(module, is_causal) if causal is None else causal
         mask, packed, ends = attention_mask, None, _take_ends(kwargs)
         if mask is not None and mask.ndim == 4:
             found = _documents_of(mask, len(query), causal)

@@ -39,7 +39,7 @@ import sys, time
 import torch, torch.nn.functional as F
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
-from ._util import check_choice, commit_id, refuse, replace_file
+from ._util import check_choice, commit_id, read_json, refuse, replace_file
 from .fast import las_attention
 from .fast.flex import compiled_flex
 from .fast.plan import plan_call
@@ -601,6 +601,8 @@ def _read_cases(
     tol = (1e-2 if half else 1e-3) if asked.tol is None else asked.tol
     if not 0 <= tol < 1:
         raise ValueError(f"--tol must lie between 0 and 1; got {tol}")
+    if not 0 < asked.score_scale < math.inf:
+        raise ValueError(f"--score_scale must be above 0; got {asked.score_scale}")
     sizes = dict(heads=heads, width=width, window=asked.window)
     if asked.batch is not None:
         sizes["batch"] = asked.batch
@@ -671,18 +673,23 @@ def bench_main(asked: Bench) -> None:
         refuse(e)
     record = _new_record(asked.name or f"bench-{device}", device, asked.backward)
     path = Path(asked.out) / f"{record['name']}.json"
+    so_far = path.with_suffix(".partial.json")
     try:
-        _save(record, path)
-        _measure_all(record, path, cases, ways, rounds)
+        _check_place(path)
+        _save(record, so_far)
+        _measure_all(record, so_far, cases, ways, rounds)
         if asked.models:
-            _measure_models(record, path, device)
+            _measure_models(record, so_far, device)
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         _save(record, path)
+        so_far.unlink()
         plot_speed(record, Path(asked.out) / f"{record['name']}.png")
+    except ValueError as e:
+        refuse(e)
     except OSError as e:
         refuse(f"{e.strerror or e}: {e.filename or ''}")
     except KeyboardInterrupt:
-        refuse(f"stopped; the cases that were done are in {path}")
+        refuse(f"stopped; the cases that were done are in {so_far}")
 
 
 # %% ../nbs/16_bench.ipynb #df4c4755
@@ -708,6 +715,12 @@ def _new_record(name: str, device: str, backward: bool) -> dict[str, Any]:
         cases=[],
         models={},
     )
+
+
+def _check_place(path: Path) -> None:
+    "Raise `ValueError` where a file that is no benchmark would be written over."
+    if path.exists() and "cases" not in read_json(path):
+        raise ValueError(f"{path} is no benchmark: choose another --out or --name")
 
 
 def _save(record: dict[str, Any], path: Path) -> None:

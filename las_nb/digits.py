@@ -236,6 +236,8 @@ def digits_main(asked: Digits) -> None:
     try:
         numbers = tuple(dict.fromkeys(int(s) for s in seeds.split(",")))
     except ValueError:
+        numbers = (-1,)
+    if not all(0 <= n <= 10**9 for n in numbers):
         refuse(
             "--seeds takes whole numbers separated by commas, such as 0,1,2; got "
             f"{seeds!r}"

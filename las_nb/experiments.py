@@ -329,7 +329,14 @@ def work_off(
         due = [name for name in names if work.due(name)]
         outcomes = guarded(lambda: way(work, due), "go on with the same command")
     finally:
-        done = sum(stand(name)[0] == "finished" for name in names)
+        said = [stand(name) for name in names]
+        done = sum(state == "finished" for state, _ in said)
         print(f"{done} of {len(names)} finished")
+        if other := sum("other settings" in more for _, more in said):
+            print(
+                f"{other} of them with other settings than now: name other --results "
+                "and --out to make them anew",
+                file=sys.stderr,
+            )
     if {"failed", "missing"} & set(outcomes):
         raise SystemExit(2)

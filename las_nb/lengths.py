@@ -15,7 +15,7 @@ from ._util import commit_id, read_json, replace_file
 from .model import LaSTransformer
 from .settings import Lengths
 from .tasks import TASKS, load_task
-from .train import load_run
+from .train import identity, load_run
 
 
 # %% ../nbs/10_questions.ipynb #f7d9b761
@@ -46,6 +46,8 @@ def lengths_main(asked: Lengths) -> None:
         wanted = _steps(asked.lengths)
         if asked.tokens < 1:
             raise ValueError(f"--tokens must be at least 1; got {asked.tokens}")
+        if not asked.only:
+            raise ValueError("--only names runs, such as 'motif-*'; got nothing")
         runs = sorted(
             p.parent for p in Path(asked.folder).glob(f"{asked.only}/config.json")
         )
@@ -72,11 +74,14 @@ def lengths_main(asked: Lengths) -> None:
 def _steps(lengths: str) -> list[int]:
     "The lengths asked for."
     try:
-        return [int(s) for s in lengths.split(",")]
+        found = [int(s) for s in lengths.split(",")]
     except ValueError:
+        found = [0]
+    if not all(1 <= n < 10**9 for n in found):
         raise ValueError(
-            f"--lengths takes whole numbers separated by commas; got {lengths!r}"
-        ) from None
+            f"--lengths takes whole numbers >= 1 with commas between; got {lengths!r}"
+        )
+    return found
 
 
 # %% ../nbs/10_questions.ipynb #2e2d8768
@@ -92,9 +97,15 @@ def _measured_lengths(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         record = read_json(path, "runs") if path.exists() else dict(runs={})
-        if not isinstance(record["runs"], dict):
+        runs = record["runs"]
+        mine = runs.setdefault(name, fresh) if isinstance(runs, dict) else None
+        if not isinstance(mine, dict) or not isinstance(mine.get("found"), dict):
             raise ValueError(f"{path} is damaged; delete it and make it again")
-        found = record["runs"].setdefault(name, fresh)["found"]
+        if mine.get("identity", fresh["identity"]) != fresh["identity"]:
+            raise ValueError(
+                f"{path} has another run called {name}: choose another --name"
+            )
+        found = mine["found"]
         found |= new
         if new:
             replace_file(path, json.dumps(record, indent=1).encode())
@@ -117,7 +128,8 @@ def _measure_run(
             f"{run} was trained on {recipe.task}, whose sequences have their own length"
         )
     trained_at = recipe.data.length or task.max_len
-    fresh = dict(task=recipe.task, trained_at=trained_at, found={})
+    fresh = dict(task=recipe.task, trained_at=trained_at, identity=identity(recipe))
+    fresh |= dict(found={})
     known = _measured_lengths(path, run.name, fresh, {})
     model = model.to(device)
     for L in lengths:

@@ -431,12 +431,17 @@ class Encoder(Inputs):
 def _check_arguments(given: dict[str, Any]) -> None:
     "Raise `ValueError` for sizes and names that a model cannot have."
     optional = ("vocab", "in_features", "feedforward")
-    for name in ("n_classes", "dim", "depth", "max_len", *optional):
+    for name in ("n_classes", "dim", "depth", "n_heads", "max_len", *optional):
         value = given[name]
         if value is None and name in optional:
             continue
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or not 1 <= value < 10**9:
             raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
+    if given["depth"] > 10_000:
+        raise ValueError(f"depth must be at most 10,000; got {given['depth']}")
+    for name in ("prenorm", "pairs", "causal"):
+        if type(given[name]) is not bool:
+            raise ValueError(f"{name} must be True or False; got {given[name]!r}")
     vocab, in_features = given["vocab"], given["in_features"]
     if (vocab is None) == (in_features is None):
         raise ValueError(

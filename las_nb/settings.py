@@ -158,10 +158,6 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_number(self, "seed", 0)
-        if self.seed > 10**9:
-            raise ValueError(
-                f"seed must be at most a thousand million; got {self.seed}"
-            )
 
 
 # %% ../nbs/settings.ipynb #83162ff3
@@ -220,6 +216,8 @@ def _check_number(settings: Any, name: str, low: float, above: bool = False) -> 
     if value is None:
         return
     enough = value > low if above else value >= low
+    if isinstance(value, int) and value > 10**9:
+        raise ValueError(f"{name} must be at most a thousand million; got {value}")
     if not enough or value == math.inf:
         word = "above" if above else "at least"
         raise ValueError(f"{name} must be {word} {low}; got {value}")

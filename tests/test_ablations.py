@@ -304,6 +304,8 @@ def test_lengths_are_measured_once(run, tmp_path, capsys):
     "lengths, only, says",
     [
         ("64,x", "*-0", "whole numbers"),
+        ("0", "*-0", "whole numbers"),
+        ("64", "", "--only names runs"),
         ("64", "nothing*", "no finished run"),
         ("8", "*-0", "32 steps"),
     ],
@@ -315,3 +317,17 @@ def test_wrong_lengths_are_explained(run, lengths, only, says, tmp_path, capsys)
         assert e.code == 2
     out = capsys.readouterr()
     assert says in out.out + out.err
+
+
+def test_other_runs_of_the_same_name_are_not_passed_over(run, tmp_path, capsys):
+    asked = Lengths(str(run), "64", tokens=640, results=str(tmp_path), cpu=True)
+    lengths_main(asked)
+    path = tmp_path / "lengths.json"
+    found = json.loads(path.read_text())
+    mine = found["runs"]["needle-las-0"]
+    for broken in (mine | dict(identity="another"), 3, {}, mine | dict(found=[])):
+        path.write_text(json.dumps(dict(runs={"needle-las-0": broken})))
+        with pytest.raises(SystemExit):
+            lengths_main(asked)
+        said = capsys.readouterr().err
+        assert "has another run called" in said or "is damaged" in said

@@ -11,6 +11,7 @@ from las_nb.adapt import (
     share_heads,
     slide,
 )
+from las_nb.fast import las_attention
 from las_nb.las import POOLS, las_dense
 from las_nb.locality import decay_rates
 
@@ -202,6 +203,18 @@ def test_half_precision_and_gradients():
         q[:, :, -2:], share_heads(k, 4), share_heads(v, 4), torch.tensor(rates)
     )
     assert step.dtype == torch.bfloat16 and step.shape == (2, 4, 2, 16)
+
+
+def test_a_step_at_every_rate_with_anything_in_its_padding():
+    q, k, v = torch.randn(3, 1, 3, 50, 8)
+    rates = torch.tensor([0.1, 1e39, 1e300], dtype=torch.float64)
+    whole = las_attention(q, k, v, rates)[:, :, 29:30]
+    for x in (k, v):
+        x[:, :, 30:] = torch.nan
+    step = las_step(q[:, :, 29:30], k, v, rates, lengths=torch.tensor([30]))
+    torch.testing.assert_close(step, whole)
+    with pytest.raises(ValueError, match="finite"):
+        las_step(q[:, :, -1:], k, v, rates * torch.inf)
 
 
 def test_masks_that_do_not_fit():

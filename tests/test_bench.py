@@ -221,3 +221,19 @@ def test_stored_results_are_whole(path):
         for w in c["ways"].values():
             assert w["error"] is None or w["error"] <= c["tol"]
     assert speed_table(record).count("\n") > 2
+
+
+def test_it_writes_over_benchmarks_alone(tmp_path):
+    quick = "--device cpu --lengths 40 --heads 2 --width 8 --rounds 1".split()
+    quick += ["--max_rate", "0.5", "--ways", "plain", "--out", tmp_path]
+    (tmp_path / "results.json").write_text('{"test": 1}')
+    done = command(*quick, "--name", "results")
+    assert done.returncode == 2 and "is no benchmark" in done.stderr
+    assert (tmp_path / "results.json").read_text() == '{"test": 1}'
+    for _ in range(2):
+        assert command(*quick, "--name", "x").returncode == 0
+    assert json.loads((tmp_path / "x.json").read_text())["finished"]
+    assert not list(tmp_path.glob("*.partial.json"))
+    for scale in ("nan", "0", "-1"):
+        done = command(*quick, "--score_scale", scale)
+        assert done.returncode == 2 and "--score_scale" in done.stderr

@@ -42,6 +42,10 @@ def home(tmp_path, monkeypatch):
         ("ACCELERATE_USE_ANYTHING_NEW", "1", "unset it"),
         ("LOCAL_RANK", "1", "torchrun"),
         ("WORLD_SIZE", "two", "whole number"),
+        ("WORLD_SIZE", "", "whole number"),
+        ("LOCAL_RANK", "abc", "whole number"),
+        ("OMPI_COMM_WORLD_SIZE", "abc", "whole number"),
+        ("ACCELERATE_TORCH_DEVICE", "meta", "CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_what_would_change_a_run_unseen_is_refused(

@@ -893,6 +893,25 @@ def test_compiles():
         f(*(10 * t for t in a))
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"),
+    reason="traced in one piece from torch 2.9",
+)
+@pytest.mark.parametrize("name", ["rates", "score_bound", "tol"])
+def test_numbers_may_change_between_compiled_calls(name):
+    def f(q, **changed):
+        how = dict(rates=(0.0, 0.5), score_bound=50.0, tol=1e-3) | changed
+        return las_attention(q, q, q, how.pop("rates"), **how)
+
+    g = torch.compile(f, fullgraph=True, backend="eager")
+    (q,) = qkv(1, 2, 200, 8, dtype=torch.float32)[:1]
+    values = dict(rates=[(0.0, r) for r in (0.5, 0.4, 0.3)])
+    values |= dict(score_bound=[50.0, 60.0, 70.0], tol=[1e-3, 1e-4, 1e-2])
+    for value in values[name]:
+        want, got = f(q, **{name: value}), g(q, **{name: value})
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+
+
 PEAK = """
 import sys, torch
 from las_nb.fast import las_attention

@@ -300,3 +300,28 @@ def test_what_is_no_number_is_named(wrong, says):
     x = noise(1, 2, 40, 8)
     with pytest.raises(ValueError, match=says):
         las_attention(x, x, x, **dict(rates=(0.0, 0.1)) | wrong)
+
+
+@pytest.mark.parametrize("method, rate", [("auto", 0.1), ("linear", 0.02)])
+@pytest.mark.parametrize("bound", [1e-5, 1e-3])
+def test_far_keys_have_gradients_where_scores_are_small(method, rate, bound):
+    q, k, v = noise(3, 1, 2, 1000, 16).float()
+    up, grads = noise(1, 2, 1000, 16, seed=1).float(), []
+    for how in (dict(method=method, score_bound=bound), dict(method="dense")):
+        a = [t.clone().requires_grad_() for t in (0 * q, k, v)]
+        o = las_attention(*a, (rate, rate), **how)
+        grads.append(torch.autograd.grad(o, a, up))
+    for x, y in zip(*grads):
+        assert (x - y).norm() <= 1e-4 * y.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 100, 16), (1, 2, 400, 16)])
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_not_finite_reaches_no_earlier_output(shape, which):
+    a = list(noise(3, *shape))
+    want = las_attention(*a, (0.1,) * shape[1], score_bound=1e4)
+    a[which] = a[which].clone()
+    a[which][:, :, -1] = math.nan
+    got = las_attention(*a, (0.1,) * shape[1], score_bound=1e4)
+    assert torch.equal(got[:, :, :-1], want[:, :, :-1])
+    assert got[:, :, -1].isnan().all()

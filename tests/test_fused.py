@@ -290,3 +290,43 @@ def test_kernels_compile_for_gpus(capability, shared):
     names = ("_forward", "_backward_queries", "_backward_keys")
     for name, dtype in itertools.product(names, ("bfloat16", "float32")):
         assert int(sizes[f"{name}-{dtype}"]) <= shared * 1024
+
+
+@pytest.mark.parametrize("bound", [None, 1e-5])
+def test_far_keys_have_gradients_where_scores_are_small(bound):
+    "As at the first step of a layer whose queries begin at zero."
+    a, up = inputs(640)
+    a[0] = torch.zeros_like(a[0]).requires_grad_()
+    slow = 0.0, 0.004, 0.02
+    got, want = (
+        with_gradients(lambda *a: las_attention(*a, slow, method=m, **kw), a, up)
+        for m, kw in (("triton", dict(score_bound=bound)), ("dense", {}))
+    )
+    for x, y in zip(got, want):
+        assert (x - y).norm() <= 1e-4 * y.norm()
+
+
+@pytest.mark.parametrize("rate", [3e38, 1e300])
+def test_rates_that_float32_does_not_hold(rate):
+    a, _ = inputs(150)
+    o, want = (
+        las_attention(*a, (0.0, 0.5, rate), method=m) for m in ("triton", "dense")
+    )
+    assert_near([o], [want], 1e-5)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e20, 1e30])
+def test_huge_queries_and_tiny_keys(size):
+    (q, k, v), _ = inputs(300)
+    slow = (0.01,) * 3
+    want = las_attention(q, k, v, slow, method="dense")
+    got = las_attention(q * size, k / size, v, slow, method="triton")
+    assert_near([got], [want], 1e-4)
+
+
+def test_the_interpreter_has_no_products_of_bfloat16():
+    if DEVICE == "cuda":
+        pytest.skip("a GPU has")
+    a, _ = inputs(40, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="needs a GPU for bfloat16"):
+        las_attention(*a, SPEEDS, method="triton")

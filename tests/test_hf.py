@@ -417,3 +417,18 @@ def test_what_is_registered_stays(tmp_path):
         model.save_pretrained(tmp_path / name)
         assert type(model).from_pretrained(tmp_path / name).config.las
     assert all(torch.equal(f, found[0]) for f in found)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_says_who_sees_whom(side):
+    "Some layers call themselves bidirectional and are given a causal mask."
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    found, mask = [], padding(side)
+    for name in ("eager", "hf-off"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            call = dict(attention_mask=mask, use_cache=False)
+            found.append(model(noise(), **call).logits[mask.bool()])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

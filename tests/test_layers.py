@@ -1,7 +1,7 @@
 """The layers LaS is compared with: each against a second way to compute it, and all
 against what the interface promises."""
 
-import inspect
+import inspect, math
 import pytest, scipy.signal, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from las_nb.mixers import EMA, orthogonal_directions
@@ -529,3 +529,9 @@ def test_large_inputs_have_finite_gradients(name):
         assert x.grad.isfinite().all() and all(
             p.grad.isfinite().all() for p in layer.parameters()
         )
+
+
+@pytest.mark.parametrize("dt_min", [-1, 0, math.nan, 0.2])
+def test_steps_of_a_state_space_are_positive(dt_min):
+    with pytest.raises(ValueError, match="step sizes"):
+        MIXERS["s4d"](8, dt_min=dt_min)

@@ -1033,3 +1033,15 @@ def test_table():
         in table
     )
     assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("facts", ["[]", "3", "{}", "null", '{"sizes": []}'])
+def test_a_cache_whose_facts_are_damaged_is_made_again(facts, samples, own_cache):
+    before = load_task("listops", samples, sample=True)["train"]
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "las_nb" / "encoded"
+    paths = list(folder.glob("*/facts.json"))
+    assert paths
+    for path in paths:
+        path.write_text(facts)
+    after = load_task("listops", samples, sample=True)["train"]
+    assert torch.equal(after.values, before.values)

@@ -22,6 +22,7 @@ from las_nb.train import (
     command_line,
     learning_rate,
     load_checkpoint,
+    load_run,
     preset,
     presets,
     save_checkpoint,
@@ -1396,3 +1397,46 @@ def test_slow_parameters_follow_the_schedule_below_their_own_highest_rate(lr, tm
     for step, (a, b, slow) in enumerate(seen):
         assert a == b == t.rate(step) and slow == pytest.approx(a * min(1, 1e-3 / lr))
     t.lock.release()
+
+
+# --- nothing that is there is taken for something else
+
+
+def test_other_sequences_of_the_same_labels_are_refused(tmp_path, monkeypatch):
+    cut_run(tmp_path / "r")
+    real = lib.load_data
+
+    def changed(*args):
+        found = real(*args)
+        found["train"].inputs[3] += 0.5
+        return found
+
+    monkeypatch.setattr(lib, "load_data", changed)
+    with pytest.raises(TrainingError, match="other data"):
+        train("digits", tmp_path / "r", resume=True, options=QUIET, **SMALL)
+
+
+def test_a_model_of_ones_own_is_not_written_over(tmp_path):
+    own = LaSTransformer(10, 16, 1, n_heads=2, in_features=1)
+    own.save_pretrained(tmp_path / "own")
+    before = weights(tmp_path / "own")
+    with pytest.raises(TrainingError, match="holds a model"):
+        train("digits", tmp_path / "own", options=QUIET, **SMALL)
+    assert same(weights(tmp_path / "own"), before)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("causal", None), ("causal", []), ("n_heads", 1), ("n_heads", True)]
+)
+def test_files_of_a_run_that_disagree_are_named(name, value, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "r")
+    path = tmp_path / "r" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(TrainingError, match=name):
+        load_run(tmp_path / "r")
+
+
+def test_no_model_is_deeper_than_it_can_be():
+    for depth in (10**30, 20_000):
+        with pytest.raises(ValueError, match="depth"):
+            LaSTransformer(10, 16, depth, n_heads=2, in_features=1)

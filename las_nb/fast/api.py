@@ -6,7 +6,7 @@
 __all__ = ["attend", "gpu_kernels", "check_limits", "las_attention"]
 
 # %% ../../nbs/function.ipynb #4ea3f475
-import functools, importlib.util, math, numbers, os
+import functools, importlib.util, math, numbers, os, sys
 import torch, torch.nn.functional as F
 from typing import Any, Sequence
 from .._util import check_choice
@@ -231,6 +231,8 @@ def _why_not_fused(
         return "a GPU"
     if q.dtype == torch.float64:
         return "float32 or half precision"
+    if q.dtype == torch.bfloat16 and q.device.type != "cuda":
+        return "a GPU for bfloat16, which Triton's interpreter gets wrong"
     if max(q.shape[3], v.shape[3]) > 128:
         return "heads of width 128 at most"
     if isinstance(window, torch.Tensor) and window.requires_grad:
@@ -364,10 +366,8 @@ def _all_between(low: float, values: Any, high: float) -> bool:
 
 def _is_float(x: Any) -> bool:
     "Can a float hold it? Whole numbers of Python have no end, and True is none."
-    try:
-        return not isinstance(x, bool) and math.isfinite(float(x))
-    except OverflowError:
-        return False
+    most = sys.float_info.max
+    return not isinstance(x, bool) and -most <= x <= most
 
 
 def check_limits(
@@ -460,11 +460,11 @@ def _by_matrix(
     score_bound: float | tuple[float, ...] | None,  # see las_attention
 ) -> torch.Tensor:  # `(B, H, L, D)`
     "By las_dense, with the bound on scores checked."
-    o, kept = las_dense(q, k, v, rates, window, pool, causal, lengths), None
-    if score_bound is not None:
-        q, k, _ = _clean_inputs(q, k, v, rates, window, lengths)
-        kept = keeps_bound(q, k, score_bound)
-    return _or_nan(o, kept)
+    q, k, v = _clean_inputs(q, k, v, rates, window, lengths)
+    kept = None if score_bound is None else keeps_bound(q, k, score_bound)
+    q, k, v, spoiled = _set_aside(q, k, v, causal)
+    o = las_dense(q, k, v, rates, window, pool, causal, lengths)
+    return _or_nan(o if spoiled is None else o * spoiled, kept)
 
 
 # %% ../../nbs/function.ipynb #e9ba115c
@@ -515,7 +515,8 @@ def las_attention(
     score_bound: float | tuple[float, ...] | None = None,
     # block length of LaS-chunk: attention stays inside blocks; None = one block
     chunk: int | None = None,
-    # boundaries `(N + 1,)` of documents packed end to end, from 0 to `B * L`
+    # boundaries `(N + 1,)` of documents packed end to end, from 0 to `B * L`; a
+    # compiled call leaves its graph to read them
     cu_seqlens: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:  # `(B, H, L, D)`, the dtype of `v`; meaningless at padded positions
     """Local and smooth attention; plain attention with `window=1` and all rates 0. Of

@@ -64,11 +64,21 @@ def _smooth_rows(
 
 # %% ../../nbs/fused.ipynb #26c0b201
 @triton.jit
+def _largest_norm(x):
+    """Of the rows of a tile, those that are not finite left out: what they spoil shows
+    in the output. Squares of huge entries would overflow."""
+    size = tl.max(tl.abs(x), 1)
+    part = x / tl.where(size > 0.0, size, 1.0)[:, None]
+    norm = size * tl.sqrt(tl.sum(part * part, 1))
+    return tl.max(tl.where(norm < float("inf"), norm, 0.0), 0)
+
+
+@triton.jit
 def _survey(
     Q, K, V, SUMS, NORMS, H, L, D, NORM: tl.constexpr, TILE: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    "Of every tile: the sum of its values, the largest squared norm of its rows."
+    "Of every tile: the sum of its values, the largest norm of its rows."
     t, tiles = tl.program_id(0), tl.num_programs(0)
     bh, all = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     at, d = t * TILE + tl.arange(0, TILE), tl.arange(0, BD)
@@ -78,12 +88,8 @@ def _survey(
     if NORM:
         q = _rows(_at(Q, bh, H), Q, at, d, there).to(tl.float32)
         k = _rows(_at(K, bh, H), K, at, d, there).to(tl.float32)
-        q, k = tl.sum(q * q, 1), tl.sum(k * k, 1)
-        # rows that are not finite do not count: what they spoil shows in the output
-        q = tl.max(tl.where(q < float("inf"), q, 0.0), 0)
-        k = tl.max(tl.where(k < float("inf"), k, 0.0), 0)
-        tl.store(NORMS + bh * tiles + t, q)
-        tl.store(NORMS + (all + bh) * tiles + t, k)
+        tl.store(NORMS + bh * tiles + t, _largest_norm(q))
+        tl.store(NORMS + (all + bh) * tiles + t, _largest_norm(k))
 
 
 @triton.jit
@@ -98,9 +104,9 @@ def _reach(NORMS, RATES, REACH, B, H, tiles, scale, delta, TILE: tl.constexpr):
             k = row + B * H * tiles
             most_q = tl.maximum(most_q, tl.max(tl.load(row + t + r, there, 0.0), 0))
             most_k = tl.maximum(most_k, tl.max(tl.load(k + t + r, there, 0.0), 0))
-    bound = tl.sqrt(most_q) * tl.sqrt(most_k) * scale
-    steps = tl.log2(tl.maximum(bound / delta, 1.0)) / tl.load(RATES + h)
-    steps = tl.where(bound <= delta, 0.0, tl.minimum(steps, 1e8))
+    # scores below 1 may have gradients that are not small
+    bound = tl.maximum(most_q * most_k * scale, 1.0)
+    steps = tl.minimum(tl.log2(bound / delta) / tl.load(RATES + h), 1e8)
     # where nothing decays, 0 / 0 and more than zero steps are all steps
     steps = tl.where(steps >= 0.0, steps, 1e8)
     tl.store(REACH + h, tl.ceil(steps / TILE).to(tl.int32))
@@ -509,7 +515,8 @@ def _tables(
         taps = w * torch.exp(-r[:, None] * torch.arange(w.shape[-1], device="cpu"))
         exist = w.abs().cumsum(1)
         edges = w.abs().sum(1, keepdim=True) / exist.masked_fill(exist == 0, 1)
-        found = r * _LOG2E, taps, edges
+        # exp(-1e4) is 0, and float32 does not hold every rate
+        found = r.clamp(max=1e4) * _LOG2E, taps, edges
         return tuple(t.float().contiguous().to(device) for t in found)
 
 
@@ -523,9 +530,9 @@ def _known_reach(
     "How many tiles before its own a query reads, where scores have a known bound."
     delta, tiles = far_delta(tol), []
     for rate, bound in zip(speeds, bounds):
-        steps = 0.0 if bound <= delta else 1e8
-        if rate > 0 and 0 < delta < bound:
-            steps = min(math.log(bound / delta) / rate, 1e8)
+        steps = 1e8
+        if rate > 0 and delta > 0:
+            steps = min(math.log(max(bound, 1) / delta) / rate, 1e8)
         tiles.append(math.ceil(steps / _TILE))
     with torch.inference_mode(False):
         return torch.tensor(tiles, dtype=torch.int32, device=device)

@@ -202,6 +202,17 @@ def _cheapest(groups: list[Group], price: Callable[[Group], float]) -> Group:
     return best
 
 
+def _rising(rates: tuple[float, ...]) -> list[int]:
+    "Heads by their rates, as `sorted`, which a compiler cannot trace for many rates."
+    order: list[int] = []
+    for h, rate in enumerate(rates):
+        i = len(order)
+        while i and rates[order[i - 1]] > rate:
+            i -= 1
+        order.insert(i, h)
+    return order
+
+
 def is_small(B: int, H: int, L: int, D: int, W: int = 1) -> bool:
     """Is writing the matrix down the fastest way? It is for short sequences, and where
     every window reaches to both sides of its query (`W` as in plan)."""
@@ -270,7 +281,7 @@ def plan(
     bounds = bounds or (1.0,) * H
     price = functools.partial(cost, L=L, batch=batch, costs=costs, width=width)
     unit, best = 16 if device == "cpu" else 64, []
-    for h in sorted(range(H), key=lambda h: rates[h]):
+    for h in _rising(rates):
         found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
         best.append(_cheapest(found or [Group("dense", (h,))], price))
     return _join_groups(
@@ -366,4 +377,6 @@ def plan_call(
         found = _measured(q, k)
         return make(bounds=tuple(_round_up(s * gain) for s in found)), None
     bounds = head_bounds(score_bound, len(rates))
-    return make(bounds=tuple(s * gain for s in bounds)), keeps_bound(q, k, score_bound)
+    # scores below 1 may have gradients that are not small
+    sizes = tuple(max(s * gain, 1.0) for s in bounds)
+    return make(bounds=sizes), keeps_bound(q, k, score_bound)

@@ -89,6 +89,11 @@ class S4D(LongConv):
         super().__init__(dim, causal)
         if not isinstance(n_state, int) or n_state < 2 or n_state % 2:
             raise ValueError(f"n_state must be an even number >= 2; got {n_state!r}")
+        if not 0 < dt_min <= dt_max < math.inf:
+            raise ValueError(
+                "step sizes must be 0 < dt_min <= dt_max; got "
+                f"dt_min={dt_min!r} and dt_max={dt_max!r}"
+            )
         N = n_state // 2
         log_dt = math.log(dt_min) + torch.rand(dim, 1) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)

@@ -117,7 +117,9 @@ def _known(folder: Path, mark: str) -> dict[str, Any] | None:
         return None
     files = [f for f in folder.iterdir() if f != path]
     sizes = {f.name: f.stat().st_size for f in files}
-    whole = facts.get("mark") == mark and facts["sizes"] == sizes
+    if not isinstance(facts, dict):
+        return None
+    whole = facts.get("mark") == mark and facts.get("sizes") == sizes
     return facts if whole and facts.get("digest") == _digest(files) else None
 
 

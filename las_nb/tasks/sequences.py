@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "Batch",
+    "checksum",
     "shuffled",
     "hold_out",
     "batches",
@@ -14,6 +15,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/17_data.ipynb #1bc9636f
+import hashlib
 import torch
 from dataclasses import dataclass, replace
 from typing import Any, Iterator, NamedTuple
@@ -50,6 +52,21 @@ class Batch(NamedTuple):
 
 
 # %% ../../nbs/17_data.ipynb #2a3e89d1
+def checksum(
+    split: Any,  # Batch or Sequences
+) -> str:  # 16 hexadecimal digits
+    """Of all that a split holds; of a tensor beyond 64 MiB, of evenly spread parts."""
+    parts = split if isinstance(split, Batch) else vars(split).values()
+    digest, most = hashlib.sha256(), 2**26
+    for t in (p for p in parts if isinstance(p, torch.Tensor)):
+        x = t.detach().contiguous().view(-1).view(torch.uint8)
+        digest.update(repr((t.shape, t.dtype)).encode())
+        if len(x) > most:
+            x = x[: len(x) // 4096 * 4096].view(-1, 4096)[:: -(-len(x) // most)]
+        digest.update(x.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def shuffled(
     n: int,  # how many
     seed: int = 0,  # which order

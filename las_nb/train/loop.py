@@ -20,6 +20,7 @@ from ..mixers import MIXERS, NotRegistered, check_mixer
 from ..model import LaSTransformer, count_parameters
 from ..settings import Recipe, flat, read_recipe, stored
 from ..tasks import Batch, Sequences, batches, bounds, reading_order
+from ..tasks.sequences import checksum
 from .checkpoint import CannotWrite, InUse, NotFinite
 from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
@@ -53,7 +54,8 @@ class _RunState:
     net: Any  # the model, as Accelerate or torch.compile wraps it
     optimizer: Any
     data: dict[str, Batch | Sequences]
-    labels: str  # a checksum of them
+    labels: str  # a checksum of them, and of the sequences
+    inputs: str
     steps: int  # per epoch
     signal: int | None  # the one that came
     asked: int  # how often pause was asked
@@ -125,11 +127,21 @@ _LAUNCHER = dict(
     ACCELERATE_MIXED_PRECISION=(["", "no"], "use --precision"),
     ACCELERATE_DYNAMO_BACKEND=(["no"], "use --compile"),
     ACCELERATE_GRADIENT_CLIPPING=(["", "none"], "use --clip"),
+    ACCELERATE_TORCH_DEVICE=([], "use --cpu, or CUDA_VISIBLE_DEVICES"),
 )
+
+
+# variables of launchers that are numbers
+_COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_COUNTS += ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def _check_launcher() -> None:
     "Raise `ValueError` for a variable that would change a run behind its record."
+    for name in _COUNTS:
+        if not os.environ.get(name, "0").isdecimal():
+            said = os.environ[name]
+            raise ValueError(f"{name} must be a whole number; got {said!r}: unset it")
     for name, value in sorted(os.environ.items()):
         nothing, instead = _LAUNCHER.get(name, (["", "0", "false"], "unset it"))
         switch = name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU"
@@ -239,10 +251,11 @@ def prepare(self: Trainer, root: str | Path | None) -> None:
     "Load the data, wrap the model, and go to where the last checkpoint was written."
     r, settings = self.recipe, self.recipe.optimizer
     self.data = load_data(r, root, self.device)
-    labels = [self.data[part].labels for part in ("train", "valid", "test")]
-    self.steps = math.ceil(len(labels[0]) / settings.batch_size)
-    digest = hashlib.sha256(b"".join(y.cpu().numpy().tobytes() for y in labels))
+    self.steps = math.ceil(len(self.data["train"].labels) / settings.batch_size)
+    splits = [self.data[part] for part in ("train", "valid", "test")]
+    digest = hashlib.sha256(b"".join(s.labels.cpu().numpy().tobytes() for s in splits))
     self.labels = digest.hexdigest()[:16]
+    self.inputs = " ".join(map(checksum, splits))
     self.optimizer = torch.optim.AdamW(
         parameter_groups(self.model, settings.weight_decay), lr=settings.lr
     )
@@ -322,6 +335,7 @@ def save(self: Trainer) -> None:
         facts = dict(
             recipe=stored(self.recipe),
             labels=self.labels,
+            inputs=self.inputs,
             epoch=self.epoch,
             step=self.step,
             sums=[loss, hits, 0, tokens, right, norm, worst],
@@ -358,7 +372,8 @@ def save(self: Trainer) -> None:
 def restore(self: Trainer, folder: Path) -> None:
     "Go to where a checkpoint was written."
     tensors, facts = load_checkpoint(folder)
-    if facts.get("labels", self.labels) != self.labels:
+    known = {n: facts.get(n, getattr(self, n)) for n in ("labels", "inputs")}
+    if known != dict(labels=self.labels, inputs=self.inputs):
         raise TrainingError(
             f"{folder} was trained on other data than those that are found now; bring "
             "the old ones back, or choose another folder with --out"
@@ -916,6 +931,10 @@ def train(
             for p in checkpoints(out):
                 shutil.rmtree(p, ignore_errors=True)
             return read_json(out / "results.json", "name", "test")
+    elif (out / "model.safetensors").exists():
+        raise TrainingError(
+            f"{out} holds a model that is no run's; choose another folder with --out"
+        )
     return Trainer(recipe, out, name=name, **options or {}).run()
 
 
@@ -935,6 +954,17 @@ def _stored_recipe(out: Path) -> Recipe | None:
 
 
 # %% ../../nbs/18_train.ipynb #50f62b14
+def _check_same(model: LaSTransformer, recipe: Recipe) -> None:
+    "Raise `ValueError` where the files of a run disagree about its model."
+    with torch.device("meta"):
+        said = build(recipe).config
+    for name, value in model.config.items():
+        if said.get(name, value) != value:
+            raise ValueError(
+                f"config.json has {name} {value}, recipe.json {said[name]}"
+            )
+
+
 def load_run(
     path: str | Path,  # a run's folder, or one of its checkpoints
 ) -> tuple[LaSTransformer, Recipe]:  # in eval mode, on the CPU
@@ -945,7 +975,9 @@ def load_run(
         if (path / "config.json").exists() and (path / "recipe.json").exists():
             recipe = read_recipe(read_json(path / "recipe.json"))
             check_mixer(recipe.mixer.name, ("plain", *MIXERS))
-            return LaSTransformer.from_pretrained(path), recipe
+            model = LaSTransformer.from_pretrained(path)
+            _check_same(model, recipe)
+            return model, recipe
         folder = (
             path
             if (path / "state.json").exists()
