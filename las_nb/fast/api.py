@@ -515,8 +515,7 @@ def las_attention(
     score_bound: float | tuple[float, ...] | None = None,
     # block length of LaS-chunk: attention stays inside blocks; None = one block
     chunk: int | None = None,
-    # boundaries `(N + 1,)` of documents packed end to end, from 0 to `B * L`; a
-    # compiled call leaves its graph to read them
+    # boundaries `(N + 1,)` of packed documents, 0 to `B * L`; they break a graph
     cu_seqlens: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:  # `(B, H, L, D)`, the dtype of `v`; meaningless at padded positions
     """Local and smooth attention; plain attention with `window=1` and all rates 0. Of
