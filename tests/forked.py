@@ -5,7 +5,7 @@ import os, signal, subprocess, sys, tempfile, traceback
 from pathlib import Path
 
 
-def _become(words, files, cwd, env):
+def _become(words, files, cwd, env, before):
     "In the copy: take over streams, folder and environment, and run; the exit code."
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in enumerate(files, 1):
@@ -17,6 +17,8 @@ def _become(words, files, cwd, env):
         os.environ.clear()
         os.environ.update(env)
     sys.argv = words
+    if before:
+        before()
     try:
         from las_nb.cli import main
 
@@ -29,15 +31,16 @@ def _become(words, files, cwd, env):
         return 1
 
 
-def forked(command, *args, cwd=None, env=None):
-    "What subprocess.run gives for a command of las, with its output as text."
+def forked(command, *args, cwd=None, env=None, before=None):
+    """What subprocess.run gives for a command of las, with its output as text; `before`
+    is called in the copy."""
     words = [str(Path(sys.executable).parent / command), *map(str, args)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
         if not pid:
             code = 1
             try:
-                code = _become(words, (out, err), cwd, env)
+                code = _become(words, (out, err), cwd, env, before)
                 sys.stdout.flush()
                 sys.stderr.flush()
             finally:

@@ -457,7 +457,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path):
         tmp_path / "r",
         "--save_minutes=0",
         *ARGS,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
     )
     assert (
         done.returncode == 2

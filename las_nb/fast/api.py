@@ -11,15 +11,15 @@ import torch, torch.nn.functional as F
 from typing import Any, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
-from .bands import decayed_sdpa, kernel_for, level, made_for, one_sided
-from .bands import trusted, two_sided
+from .bands import kernel_for, level, made_for, one_sided, row_factors
+from .bands import sum_rows, trusted, two_sided
 from .flex import flex_attend
 from .plan import Group, METHODS, TOL, is_small, keeps_bound
 from .plan import head_bounds, plan_call
 from ..las import las_dense
 from ..locality import check_rates
 from ..padding import documents, key_mask, transformed, whole_lengths
-from ..smoothing import Window, is_one, smooth_keys, smooth_values
+from ..smoothing import Window, is_one, smooth_values
 from ..smoothing import window_sides, window_weights
 
 
@@ -32,7 +32,7 @@ def _plain_sdpa(
     causal: bool,
     lengths: torch.Tensor | None,
 ) -> torch.Tensor:
-    "Heads without decay: torch's attention, on averaged keys."
+    "Torch's attention: heads without decay, or keys and queries that are rescaled."
     # one filter for both sides, where nothing decays
     if not causal:
         k = smooth_values(k, window, causal, lengths)
@@ -57,15 +57,13 @@ def attend(
     lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
     decays: bool = True,  # is any rate above 0?
 ) -> torch.Tensor:  # `(B, H, L, D)`
-    "The heads of one group; causal keys come smoothed, and `window` is 1."
+    "The heads of one group; causal ones come as from _prepare, and `window` is 1."
     if group.method == "dense":
         return las_dense(q, k, v, rates, window, "scores", causal, lengths)
     if group.method == "flex":
         return flex_attend(q, k, v, rates, window, causal, lengths)
-    if group.method == "sdpa" and not decays:
+    if group.method == "sdpa" and (causal or not decays):
         return _plain_sdpa(q, k, v, window, causal, lengths)
-    if group.method == "sdpa" and causal:
-        return decayed_sdpa(q, k, v, rates)
     if causal:
         return one_sided(q, k, v, rates, group.band)[0]
     return two_sided(q, k, v, rates, window, group.band, lengths)
@@ -139,18 +137,30 @@ def _of_heads(window: Window, heads: Sequence[int]) -> Window:
 
 
 # %% ../../nbs/function.ipynb #5e7a51de
+def _largest(*tensors: torch.Tensor) -> list[float] | None:
+    """The largest entry of each; None where values would have to be waited for."""
+    x = tensors[0]
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or transformed(x):
+        return None
+    return [max(-low, high) for low, high in map(_ends, tensors)]
+
+
+def _ends(x: torch.Tensor) -> tuple[float, float]:
+    "The smallest and the largest entry; NaN if one is."
+    low, high = torch.aminmax(x.detach())
+    return low.item(), high.item()
+
+
 def _set_aside(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
     causal: bool,  # may query `i` see keys `j <= i` only?
+    sizes: list[float] | None,  # as from _largest
 ) -> tuple[torch.Tensor, ...]:  # q, k, v, None or ones and NaN `(B, H, L, 1)`
     """Rows that are not finite would spoil more than what sees them: zeros take their
-    place, and what the output is to be multiplied by says whom they reach. Values that
-    would have to be waited for are not looked at."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or transformed(q):
-        return q, k, v, None
-    if all(t.detach().sum(dtype=torch.float64).isfinite() for t in (q, k, v)):
+    place, and what the output is to be multiplied by says whom they reach."""
+    if sizes is None or all(map(math.isfinite, sizes)):
         return q, k, v, None
     bad, *others = (~t.detach().isfinite().all(-1) for t in (q, k, v))  # (B, H, L)
     seen = others[0] | others[1]
@@ -158,6 +168,107 @@ def _set_aside(
     k, v = (t.masked_fill(seen[..., None], 0) for t in (k, v))
     spoiled = seen.cummax(-1).values if causal else seen.any(-1, keepdim=True)
     return q, k, v, torch.where(bad | spoiled, math.nan, 1.0).to(v.dtype)[..., None]
+
+
+# %% ../../nbs/function.ipynb #6d4a6e6b
+def _as_tuple(window: Window) -> Any:
+    "A window that can be the key of a table."
+    if isinstance(window, torch.Tensor):
+        window = window.tolist()
+    many = isinstance(window, (tuple, list))
+    return tuple(map(_as_tuple, window)) if many else window
+
+
+def _las_fused(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    speeds: tuple[float, ...],  # the rates as numbers
+    window: Window,  # W, or its weights, newest key first
+    pool: str,  # average "scores" or "weights"
+    causal: bool,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+    method: str,  # "auto" or "triton"
+    tol: float | None,  # error allowed; None = `TOL`
+    score_bound: float | tuple[float, ...] | None,  # see las_attention
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "By the GPU kernel: one call for all heads; padding comes cleared."
+    from las_nb.fast.fused import fused_attention, smooth_rows
+
+    D, Dv, dtype = q.shape[3], v.shape[3], v.dtype
+    tol = TOL[dtype] if tol is None else tol
+    kept = None if score_bound is None else keeps_bound(q, k, score_bound)
+    if pool == "weights":
+        tol = tol / max(1.0, _window_gain(window))
+        v, window = smooth_values(v, window, causal, lengths), 1
+    bounds = None
+    if score_bound is not None:
+        gain = _window_gain(window)
+        bounds = tuple(s * gain for s in head_bounds(score_bound, len(speeds)))
+    if not causal:  # keys are smoothed and rescaled twice: in single precision
+        q, k, v = q.float(), k.float(), v.float()
+        q = q * math.sqrt(max(D, Dv) / D)
+    if D != Dv:
+        q, k, v = (F.pad(t, (0, max(D, Dv) - t.shape[3])) for t in (q, k, v))
+    one = functools.partial(fused_attention, speeds=speeds, tol=tol, bounds=bounds)
+    if not causal:
+        o = two_sided(q, k, v, rates, window, None, lengths, one)
+        return _or_nan(o[..., :Dv].to(dtype), kept)
+    if not is_one(window):
+        k = smooth_rows(k, speeds, _as_tuple(window))
+    if any(speeds):
+        o, _ = one(q, k, v, scale=D**-0.5)
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=D**-0.5)
+    return _or_nan(o[..., :Dv], kept)
+
+
+# %% ../../nbs/function.ipynb #f1c70006
+@functools.lru_cache(128)
+def _kept_factors(
+    speeds: tuple[float, ...], L: int, window: Any, signs: tuple[int, ...]
+) -> torch.Tensor:
+    "row_factors of short sequences, as float32."
+    with torch.inference_mode(False):
+        r, sign = (torch.tensor(t, dtype=torch.float64) for t in (speeds, signs))
+        return row_factors(r, L, window, r * sign).float()
+
+
+def _prepare(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    speeds: tuple[float, ...],  # the rates as numbers
+    window: Window,  # W, or its weights, newest key first
+    groups: list[Group],  # heads in their order, and how they go
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:  # of every group
+    """Queries and keys of a causal call: keys smoothed, both rescaled where torch's
+    attention takes them."""
+    L, sizes = q.shape[2], [len(g.heads) for g in groups]
+    ways = [g.method for g in groups for _ in g.heads]
+    grows = tuple(way == "sdpa" and r > 0 for way, r in zip(ways, speeds))
+    keep = q.dtype == torch.float32 and q.device.type == "cpu"
+    keep = keep and len(speeds) * L <= 2**16 and not torch.compiler.is_compiling()
+    keep = keep and not isinstance(window, torch.Tensor)
+
+    def summed(x, window, sign):
+        if not any(grows) and is_one(window):
+            return _split(x, sizes)
+        if keep:
+            signs = tuple(sign * g for g in grows)
+            f = _kept_factors(speeds, L, _as_tuple(window), signs)
+        else:
+            signs = torch.tensor(grows, device=rates.device) * sign
+            f = row_factors(rates, L, window, rates.double() * signs)
+        return sum_rows(x, f, sizes)
+
+    return summed(q, 1, -1), summed(k, window, 1)
+
+
+def _split(x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    "The heads of every group; backwards, splitting copies."
+    return (x,) if len(sizes) == 1 else x.split(sizes, 1)
 
 
 # %% ../../nbs/function.ipynb #bc9c02b1
@@ -178,13 +289,16 @@ def _las_fast(
     """Smooth keys or values, plan, and let every group of heads go its way; padding
     comes cleared."""
     H, D, Dv, dtype = q.shape[1], q.shape[3], v.shape[3], v.dtype
-    q, k, v, spoiled = _set_aside(q, k, v, causal)
+    sizes = _largest(q, k, v)
+    q, k, v, spoiled = _set_aside(q, k, v, causal, sizes)
     if tol is None:
         tol = TOL[dtype]
     # rescaled, smoothed or scaled, in half precision, they would be rounded again
     if any(speeds) or not is_one(window) or D != Dv:
         wide = torch.promote_types(dtype, torch.float32)
-        v, (q, k) = v.to(wide), level(q.to(wide), k.to(wide))
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        if sizes is None or not max(sizes[:2]) < 1e6:
+            q, k = level(q, k)
     if D != Dv:  # the kernels want one width
         q, k, v = (
             F.pad(t, (0, max(D, Dv) - t.shape[3]))
@@ -196,20 +310,23 @@ def _las_fast(
         v, window = smooth_values(v, window, causal, lengths), 1
     gain, W = _window_gain(window), _two_sided_window(window, pool, causal)
     groups, kept = plan_call(q, k, speeds, method, tol, score_bound, gain, W)
-    if causal:
-        k, window = smooth_keys(k, rates, window), 1
     # torch's CPU kernel takes every row as dense, unchecked
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     heads = [h for g in groups for h in g.heads]
     if heads != list(range(H)):
         q, k, v, rates = *(t[:, heads] for t in (q, k, v)), rates[heads]
+        speeds, window = tuple(speeds[h] for h in heads), _of_heads(window, heads)
     sizes = [len(g.heads) for g in groups]
-    pieces = zip(groups, *(t.split(sizes, 1) for t in (q, k, v)), rates.split(sizes))
-    outputs = []
-    for g, *piece in pieces:
-        w, decays = _of_heads(window, g.heads), any(speeds[h] for h in g.heads)
+    if causal:
+        (qs, ks), window = _prepare(q, k, rates, speeds, window, groups), 1
+    else:
+        qs, ks = _split(q, sizes), _split(k, sizes)
+    outputs, first = [], 0
+    for g, *piece in zip(groups, qs, ks, _split(v, sizes), rates.split(sizes)):
+        mine = range(first, first := first + len(g.heads))
+        w, decays = _of_heads(window, mine), any(speeds[h] for h in mine)
         outputs.append(attend(g, *piece, w, causal, lengths, decays))
-    o = torch.cat(outputs, 1)
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     if heads != list(range(H)):
         o = o[:, sorted(range(H), key=heads.__getitem__)]
     o = o[..., :Dv].to(dtype)
@@ -298,60 +415,6 @@ def gpu_kernels(
         if _why_not_fused(x, x, 1) is None:
             found[f"triton {name}"] = _takes_fused(x, x, (0.5, 0.5), 1, "auto")
     return found
-
-
-# %% ../../nbs/function.ipynb #6d4a6e6b
-def _as_tuple(window: Window) -> Any:
-    "A window that can be the key of a table."
-    if isinstance(window, torch.Tensor):
-        window = window.tolist()
-    many = isinstance(window, (tuple, list))
-    return tuple(map(_as_tuple, window)) if many else window
-
-
-def _las_fused(
-    q: torch.Tensor,  # queries `(B, H, L, D)`
-    k: torch.Tensor,  # keys `(B, H, L, D)`
-    v: torch.Tensor,  # values `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`
-    speeds: tuple[float, ...],  # the rates as numbers
-    window: Window,  # W, or its weights, newest key first
-    pool: str,  # average "scores" or "weights"
-    causal: bool,  # may query `i` see keys `j <= i` only?
-    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
-    method: str,  # "auto" or "triton"
-    tol: float | None,  # error allowed; None = `TOL`
-    score_bound: float | tuple[float, ...] | None,  # see las_attention
-) -> torch.Tensor:  # `(B, H, L, D)`
-    "By the GPU kernel: one call for all heads; padding comes cleared."
-    from las_nb.fast.fused import fused_attention, smooth_rows
-
-    D, Dv, dtype = q.shape[3], v.shape[3], v.dtype
-    tol = TOL[dtype] if tol is None else tol
-    kept = None if score_bound is None else keeps_bound(q, k, score_bound)
-    if pool == "weights":
-        tol = tol / max(1.0, _window_gain(window))
-        v, window = smooth_values(v, window, causal, lengths), 1
-    bounds = None
-    if score_bound is not None:
-        gain = _window_gain(window)
-        bounds = tuple(s * gain for s in head_bounds(score_bound, len(speeds)))
-    if not causal:  # keys are smoothed and rescaled twice: in single precision
-        q, k, v = q.float(), k.float(), v.float()
-        q = q * math.sqrt(max(D, Dv) / D)
-    if D != Dv:
-        q, k, v = (F.pad(t, (0, max(D, Dv) - t.shape[3])) for t in (q, k, v))
-    one = functools.partial(fused_attention, speeds=speeds, tol=tol, bounds=bounds)
-    if not causal:
-        o = two_sided(q, k, v, rates, window, None, lengths, one)
-        return _or_nan(o[..., :Dv].to(dtype), kept)
-    if not is_one(window):
-        k = smooth_rows(k, speeds, _as_tuple(window))
-    if any(speeds):
-        o, _ = one(q, k, v, scale=D**-0.5)
-    else:
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=D**-0.5)
-    return _or_nan(o[..., :Dv], kept)
 
 
 # %% ../../nbs/function.ipynb #6e55808d
@@ -462,7 +525,7 @@ def _by_matrix(
     "By las_dense, with the bound on scores checked."
     q, k, v = _clean_inputs(q, k, v, rates, window, lengths)
     kept = None if score_bound is None else keeps_bound(q, k, score_bound)
-    q, k, v, spoiled = _set_aside(q, k, v, causal)
+    q, k, v, spoiled = _set_aside(q, k, v, causal, _largest(q, k, v))
     o = las_dense(q, k, v, rates, window, pool, causal, lengths)
     return _or_nan(o if spoiled is None else o * spoiled, kept)
 

@@ -10,6 +10,8 @@ __all__ = [
     "rescale",
     "decayed_sdpa",
     "level",
+    "row_factors",
+    "sum_rows",
     "windows",
     "overlap_add",
     "tiles",
@@ -35,13 +37,14 @@ __all__ = [
 ]
 
 # %% ../../nbs/15_fast.ipynb #0c1defcb
-import math
+import functools, math
 import torch, torch.nn.functional as F
 import warnings
 from typing import Any, Callable, NamedTuple, Sequence
+from torch.autograd.function import once_differentiable
 from ..padding import real_keys, transformed, whole_lengths
 from ..smoothing import Window, edge_scale, smooth_keys, turned, weights_like
-from ..smoothing import window_sides
+from ..smoothing import window_sides, window_weights
 
 # %% ../../nbs/15_fast.ipynb #2649f8b3
 LIMIT = {torch.float32: 80.0, torch.float64: 700.0}
@@ -107,6 +110,80 @@ def level(
     n = ((k_size - q_size) / 2).round().nan_to_num().clamp(-most, most)
     up, down = (torch.exp2(x).to(q.dtype)[:, None, None] for x in (n, -n))
     return q * up, k * down
+
+
+# %% ../../nbs/15_fast.ipynb #f1c70002
+def row_factors(
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    L: int,  # sequence length
+    window: Window = 1,  # W, or its weights, newest key first
+    # exponent of every step from the middle on, per head `(H,)`; None = 0
+    growth: torch.Tensor | None = None,
+) -> torch.Tensor:  # `(W, H, L, 1)`, float64; no more than L of the W
+    "What a row, the one before it, and so on are multiplied by: see sum_rows."
+    alpha = rates.double()[:, None]  # (H, 1)
+    w = window_weights(window, len(rates), rates.device).double().expand(len(rates), -1)
+    lag = torch.arange(w.shape[1], device=rates.device)
+    exist = w.abs().cumsum(1)  # (H, W): the weight of the first keys
+    full = w.abs().sum(1, keepdim=True) / exist.masked_fill(exist == 0, 1)
+    at = torch.arange(L, device=rates.device)
+    edge = full[:, at.clamp(max=w.shape[1] - 1)]  # (H, L)
+    if growth is not None:
+        edge = edge * torch.exp(growth.double()[:, None] * (at - L / 2))
+    taps = (w * torch.exp(-alpha * lag)).T[:L]  # (W, H)
+    return (taps[..., None] * edge)[..., None]
+
+
+# %% ../../nbs/15_fast.ipynb #f1c70003
+def _weigh(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, back: bool):
+    "Weighted sums of rows and those before them, or the transpose, into `out`."
+    for y, z in zip(out, x):  # (H, L, D), one sequence after the other
+        torch.mul(z, factors[0], out=y)
+        for t in range(1, len(factors)):
+            if back:
+                y[:, :-t].addcmul_(z[:, t:], factors[t, :, t:])
+            else:
+                y[:, t:].addcmul_(z[:, :-t], factors[t, :, t:])
+
+
+class _SumRows(torch.autograd.Function):
+    "sum_rows, with results for some heads after the other."
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, factors: torch.Tensor, sizes: list[int]
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(factors)
+        ctx.sizes, ctx.shape = sizes, x.shape
+        outs = [x.new_empty(len(x), n, *x.shape[2:]) for n in sizes]
+        for part, f, out in zip(x.split(sizes, 1), factors.split(sizes, 1), outs):
+            _weigh(part, f, out, False)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (factors,), sizes = ctx.saved_tensors, ctx.sizes
+        whole = grads[0].new_empty(ctx.shape)
+        pieces = zip(grads, factors.split(sizes, 1), whole.split(sizes, 1))
+        for g, f, out in pieces:
+            _weigh(g, f, out, True)
+        return whole, None, None
+
+
+# %% ../../nbs/15_fast.ipynb #f1c70004
+def sum_rows(
+    x: torch.Tensor,  # `(B, H, L, D)`
+    factors: torch.Tensor,  # as from row_factors `(W, H, L, 1)`
+    sizes: list[int],  # how many heads belong together
+) -> tuple[torch.Tensor, ...]:  # `(B, size, L, D)` each, in the dtype of `x`
+    "Row `j` times its first factor, the one before it times the second, and so on."
+    factors = factors.to(x.dtype)
+    seen = torch.compiler.is_compiling() or transformed(x)  # every operation is
+    if x.device.type == "cpu" and not factors.requires_grad and not seen:
+        return _SumRows.apply(x, factors, sizes)
+    parts = [F.pad(x, (0, 0, t, -t)) * f for t, f in enumerate(factors)]
+    return functools.reduce(torch.add, parts).split(sizes, 1)
 
 
 # %% ../../nbs/15_fast.ipynb #10031c6e
