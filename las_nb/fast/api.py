@@ -309,7 +309,8 @@ def _las_fast(
         tol = tol / max(1.0, _window_gain(window))
         v, window = smooth_values(v, window, causal, lengths), 1
     gain, W = _window_gain(window), _two_sided_window(window, pool, causal)
-    groups, kept = plan_call(q, k, speeds, method, tol, score_bound, gain, W)
+    how = method, tol, score_bound, gain, W, causal
+    groups, kept = plan_call(q, k, speeds, *how)
     # torch's CPU kernel takes every row as dense, unchecked
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     heads = [h for g in groups for h in g.heads]

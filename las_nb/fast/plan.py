@@ -132,8 +132,15 @@ TOL = {
     torch.float64: 1e-10,
 }
 METHODS = ("auto", "dense", "sdpa", "flex", "linear", "triton")
-# of a band: per key, per query and per call, in keys of torch's attention
-_COSTS = {"cpu": (1.3, 150, 4e5), "cuda": (1.1, 900, 2e8), "linear": (1, 0, 0)}
+
+# way -> what it costs per key, per query and per call, forward and backward, in keys of
+# torch's causal attention: fitted to two CPU cores
+_CAUSAL = {"dense": (3.6, 0, 1.3e5), "sdpa": (1, 30, 1e5), "linear": (1.3, 150, 3e5)}
+_TWO_SIDED = {"dense": (3.6, 0, 1.3e5), "sdpa": (2, 320, 5.5e5)}
+_TWO_SIDED |= {"linear": (2.6, 450, 7e5)}
+# estimates; the matrix of a long sequence would not fit
+_GPU = {"dense": (1e3, 0, 0), "sdpa": (1, 0, 0), "linear": (1.1, 900, 2e8)}
+_KEYS = dict.fromkeys(_CAUSAL, (1, 0, 0))  # keys alone count
 
 
 # %% ../../nbs/plan.ipynb #7094b2d1
@@ -150,15 +157,16 @@ def cost(
     group: Group,
     L: int,  # sequence length
     batch: int = 1,  # B
-    costs: tuple[float, float, float] = (1, 0, 0),  # see the table above
+    # way -> its cost per key, per query and per call; None = keys alone
+    costs: dict[str, tuple[float, float, float]] | None = None,
     width: int = 32,  # D
 ) -> float:
     """Estimate of the work of a group, in keys that torch's attention would visit in
     the same time."""
-    band, (key, position, call) = group.band, costs
+    band, (key, position, call) = group.band, (costs or _KEYS)[group.method]
     heads = batch * len(group.heads)
     if band is None:
-        return heads * L * L / 2
+        return heads * L * (key * L / 2 + position) + call
     keys = key * (band.block + band.reach) + position
     if band.zone:  # every block of it adds a state of D x D numbers, read and written
         keys += 100 + band.zone * width**2 / (5 * band.block)
@@ -263,6 +271,7 @@ def plan(
     width: int = 32,  # D
     # W, where scores are smoothed and keys lie on both sides; else 1
     window: int = 1,
+    causal: bool = True,  # do keys lie on one side only?
 ) -> list[Group]:  # which heads are computed together, and how
     """Pick a method for every head: torch's attention, near and far keys, or the
     matrix.
@@ -275,18 +284,23 @@ def plan(
         method = "dense"
     if method in ("dense", "flex"):
         return [Group(method, tuple(range(H)))]
-    costs = (
-        _COSTS["linear"] if method == "linear" else _COSTS.get(device, _COSTS["cuda"])
-    )
+    costs = _CAUSAL if causal or not any(rates) else _TWO_SIDED
+    costs = _KEYS if method == "linear" else costs if device == "cpu" else _GPU
     bounds = bounds or (1.0,) * H
     price = functools.partial(cost, L=L, batch=batch, costs=costs, width=width)
     unit, best = 16 if device == "cpu" else 64, []
     for h in _rising(rates):
         found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
-        best.append(_cheapest(found or [Group("dense", (h,))], price))
-    return _join_groups(
+        if method == "auto" or not found:
+            found.append(Group("dense", (h,)))
+        best.append(_cheapest(found, price))
+    best = _join_groups(
         best, lambda band, h: serves(band, rates[h], bounds[h], tol, dtype), price
     )
+    whole = Group("dense", tuple(range(H)))
+    if method == "auto" and price(whole) < sum(map(price, best)):
+        return [whole]
+    return best
 
 
 # %% ../../nbs/plan.ipynb #dadf7527
@@ -352,6 +366,7 @@ def plan_call(
     score_bound: float | tuple[float, ...] | None,  # see las_attention
     gain: float = 1.0,  # how many times larger smoothed scores may be
     window: int = 1,  # see plan
+    causal: bool = True,  # see plan
     # the plan; a boolean, only while compiling
 ) -> tuple[list[Group], torch.Tensor | None]:
     """The plan of a call, and whether scores keep to `score_bound`, see keeps_bound;
@@ -367,6 +382,7 @@ def plan_call(
         batch=q.shape[0],
         width=q.shape[3],
         window=window,
+        causal=causal,
     )
     if score_bound is None:
         groups = make(bounds=None)
