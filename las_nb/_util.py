@@ -8,6 +8,7 @@ __all__ = [
     "nearest",
     "check_choice",
     "at_home",
+    "cache_folder",
     "replace_file",
     "read_json",
     "world_size",
@@ -51,6 +52,18 @@ def at_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"nobody knows what ~ is in {path}: set HOME") from None
+
+
+def cache_folder() -> Path:
+    """The user's cache: what is kept here can be made again; raises `ValueError` where
+    there is no home folder."""
+    try:
+        return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "las_nb"
+    except ValueError:
+        raise ValueError(
+            "there is no home folder to keep data in: set HOME, or name a cache with "
+            "XDG_CACHE_HOME"
+        ) from None
 
 
 # %% ../nbs/util.ipynb #59da8e9b

@@ -31,6 +31,7 @@ __all__ = [
     "numbers",
     "measure",
     "bench_main",
+    "calibrate",
 ]
 
 # %% ../nbs/16_bench.ipynb #1466f9c0
@@ -42,7 +43,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 from ._util import check_choice, commit_id, read_json, refuse, replace_file
 from .fast import las_attention
 from .fast.flex import compiled_flex
-from .fast.plan import plan_call
+from .fast.plan import cost, costs_file, plan_call
 from .las import POOLS, las_dense
 from .locality import exact_rates
 from .model import LaSTransformer
@@ -661,6 +662,8 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
 # %% ../nbs/16_bench.ipynb #ca287a4d
 def bench_main(asked: Bench) -> None:
     "The body of `las bench`."
+    if asked.calibrate:
+        return _calibrate(asked.rounds)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rounds = asked.rounds
     ways = (asked.ways or ",".join(WAYS)).split(",")
@@ -690,6 +693,100 @@ def bench_main(asked: Bench) -> None:
         refuse(f"{e.strerror or e}: {e.filename or ''}")
     except KeyboardInterrupt:
         refuse(f"stopped; the cases that were done are in {so_far}")
+
+
+def _calibrate(rounds: int) -> None:
+    "The body of `las bench --calibrate`."
+    try:
+        numbers("rounds", rounds, int)
+        path = costs_file()
+        replace_file(path, json.dumps(calibrate(rounds), indent=1).encode())
+        print(f"kept in {path}; delete it to have the usual ones back")
+    except ValueError as e:
+        refuse(e)
+    except OSError as e:
+        refuse(f"{e.strerror or e}: {e.filename or ''}")
+    except KeyboardInterrupt:
+        refuse("stopped: nothing was kept")
+
+
+# %% ../nbs/16_bench.ipynb #f1c70011
+_SIZES = ((1, 64), (1, 256), (8, 128), (1, 1024), (4, 512))  # batch and length
+_LONGER = ((1, 512), (4, 512), (1, 2048), (1, 4096))
+
+
+def _timed(call: Callable[[], Any], rounds: int) -> float:
+    "Seconds of the middle one of a few calls, after one that does not count."
+    return statistics.median(_in_turn({"": call}, rounds)[""])
+
+
+def _row(
+    way: str, causal: bool, B: int, L: int, rate: float, rounds: int
+) -> tuple[float, tuple[float, ...]]:
+    "Seconds of a call; keys, queries, calls, and keys that cost as torch's do."
+    torch.manual_seed(0)
+    *a, up = (torch.randn(B, 8, L, 32) for _ in range(4))
+    a, rates = [t.requires_grad_() for t in a], (rate,) * 8
+    how = dict(causal=causal, method=way, tol=1e-3)
+
+    def step():
+        torch.autograd.grad(las_attention(*a, rates, 3, **how), a, up)
+
+    seconds, one = _timed(step, rounds), dict.fromkeys(("linear", "sdpa", "dense"))
+    W = 1 if causal else 3
+    [group], _ = plan_call(*a[:2], rates, way, 1e-3, None, 1.0, W, causal)
+    parts = [
+        cost(group, L, B, one | {way: unit})
+        for unit in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
+    known, *rest = parts
+    return seconds, (*(p - known for p in rest), known)
+
+
+# %% ../nbs/16_bench.ipynb #f1c70012
+def _fitted(rows: list[tuple[float, tuple[float, ...]]], key: float) -> list[float]:
+    "Costs that are not negative, with the least relative errors."
+    import numpy as np
+    from scipy.optimize import nnls
+
+    times = np.array([seconds / key for seconds, _ in rows])
+    parts = np.array([features for _, features in rows])
+    weigh = 1 / times[:, None]
+    found, _ = nnls(parts[:, :3] * weigh, (times - parts[:, 3]) / times)
+    return [float(f"{x:.3g}") for x in found]
+
+
+def calibrate(
+    rounds: int = 7,  # calls of everything that is timed
+) -> dict[str, Any]:  # "causal" and "two_sided": way -> costs, see plan; how and where
+    "What every way costs on this CPU, in keys of torch's causal attention."
+    *a, up = (torch.randn(1, 8, 1024, 32) for _ in range(4))
+    a = [t.requires_grad_() for t in a]
+
+    def plainly():
+        o = F.scaled_dot_product_attention(*a, is_causal=True)
+        torch.autograd.grad(o, a, up)
+
+    key = _timed(plainly, rounds) / (8 * 1024**2 / 2)
+    found = {}
+    for side, causal in (("causal", True), ("two_sided", False)):
+        found[side] = {}
+        for way, rates in (
+            ("dense", [0.01]),
+            ("sdpa", [0.01]),
+            ("linear", [0.3, 0.06]),
+        ):
+            sizes = _LONGER if way == "linear" else _SIZES
+            cases = [(way, causal, *s, rate) for s in sizes for rate in rates]
+            found[side][way] = _fitted([_row(*c, rounds) for c in cases], key)
+            print(f"{side:9s} {way:6s}", found[side][way], flush=True)
+    return found | dict(
+        key=key,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        commit=commit_id(),
+        date=time.strftime("%Y-%m-%d"),
+    )
 
 
 # %% ../nbs/16_bench.ipynb #df4c4755

@@ -448,5 +448,7 @@ class Bench:
     ways: str | None = None  # methods, with commas between; by default all
     rounds: int = 5  # every method once in each
     models: bool = False  # also the training speed of whole models
+    # nothing of that: fit what the plan takes each way to cost to this CPU, and keep it
+    calibrate: bool = False
     name: str | None = None  # of the results; by default bench-DEVICE
     out: str = "runs/bench"  # folder for NAME.json and NAME.png

@@ -1,8 +1,9 @@
-import functools, json
+import functools, importlib, json
 from pathlib import Path
 import pytest, torch
 from forked import forked
 from las_nb import bench
+from las_nb.fast.plan import costs_file
 from las_nb.bench import (
     WAYS,
     Case,
@@ -14,6 +15,7 @@ from las_nb.bench import (
     speed_table,
 )
 
+plans = importlib.import_module("las_nb.fast.plan")
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"
 
 
@@ -237,3 +239,43 @@ def test_it_writes_over_benchmarks_alone(tmp_path):
     for scale in ("nan", "0", "-1"):
         done = command(*quick, "--score_scale", scale)
         assert done.returncode == 2 and "--score_scale" in done.stderr
+
+
+# --- costs of the plan, measured
+
+
+def test_costs_are_measured_and_kept(own_cache):
+    done = command("--calibrate", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    path = costs_file()
+    found = json.loads(path.read_text())
+    for side in ("causal", "two_sided"):
+        assert set(found[side]) == {"dense", "sdpa", "linear"}
+        for costs in found[side].values():
+            assert len(costs) == 3 and min(costs) >= 0 < max(costs)
+    assert str(path) in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"causal": 1, "two_sided": 2}', '{"causal": {}}']
+)
+def test_damaged_costs_are_left_aside(text, own_cache):
+    costs_file().parent.mkdir(parents=True)
+    costs_file().write_text(text)
+    with pytest.warns(UserWarning, match="las bench --calibrate"):
+        assert plans._measured_costs() == [plans._CAUSAL, plans._TWO_SIDED]
+
+
+def test_costs_that_were_measured_are_used(own_cache):
+    costs = {way: [n, 2 * n, 3 * n] for n, way in enumerate(plans._CAUSAL, 1)}
+    costs_file().parent.mkdir(parents=True)
+    costs_file().write_text(json.dumps(dict(causal=costs, two_sided=costs)))
+    assert plans._measured_costs()[1]["sdpa"] == (2.0, 4.0, 6.0)
+
+
+def test_a_fit_finds_the_costs_that_made_the_times():
+    true, rows = (1.5, 200.0, 3e5), []
+    for keys, queries, known in ((1e6, 1e3, 1e5), (1e7, 2e4, 0.0), (1e5, 3e4, 10.0)):
+        units = keys * true[0] + queries * true[1] + true[2] + known
+        rows.append((units * 2e-9, (keys, queries, 1.0, known)))
+    assert bench._fitted(rows, 2e-9) == pytest.approx(true, rel=1e-2)

@@ -271,6 +271,42 @@ def _split(x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
     return (x,) if len(sizes) == 1 else x.split(sizes, 1)
 
 
+# %% ../../nbs/function.ipynb #f1c70020
+def _by_groups(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    speeds: tuple[float, ...],  # the rates as numbers
+    window: Window,  # W, or its weights, newest key first
+    causal: bool,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+    groups: list[Group],  # which heads go which way
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "Every group of heads its way, and all heads in their order again."
+    H = q.shape[1]
+    # torch's CPU kernel takes every row as dense, unchecked
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    heads = [h for g in groups for h in g.heads]
+    if heads != list(range(H)):
+        q, k, v, rates = *(t[:, heads] for t in (q, k, v)), rates[heads]
+        speeds, window = tuple(speeds[h] for h in heads), _of_heads(window, heads)
+    sizes = [len(g.heads) for g in groups]
+    if causal:
+        (qs, ks), window = _prepare(q, k, rates, speeds, window, groups), 1
+    else:
+        qs, ks = _split(q, sizes), _split(k, sizes)
+    outputs, first = [], 0
+    for g, *piece in zip(groups, qs, ks, _split(v, sizes), rates.split(sizes)):
+        mine = range(first, first := first + len(g.heads))
+        w, decays = _of_heads(window, mine), any(speeds[h] for h in mine)
+        outputs.append(attend(g, *piece, w, causal, lengths, decays))
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    if heads != list(range(H)):
+        o = o[:, sorted(range(H), key=heads.__getitem__)]
+    return o
+
+
 # %% ../../nbs/function.ipynb #bc9c02b1
 def _las_fast(
     q: torch.Tensor,  # queries `(B, H, L, D)`
@@ -288,7 +324,7 @@ def _las_fast(
 ) -> torch.Tensor:  # `(B, H, L, D)`
     """Smooth keys or values, plan, and let every group of heads go its way; padding
     comes cleared."""
-    H, D, Dv, dtype = q.shape[1], q.shape[3], v.shape[3], v.dtype
+    D, Dv, dtype = q.shape[3], v.shape[3], v.dtype
     sizes = _largest(q, k, v)
     q, k, v, spoiled = _set_aside(q, k, v, causal, sizes)
     if tol is None:
@@ -311,25 +347,7 @@ def _las_fast(
     gain, W = _window_gain(window), _two_sided_window(window, pool, causal)
     how = method, tol, score_bound, gain, W, causal
     groups, kept = plan_call(q, k, speeds, *how)
-    # torch's CPU kernel takes every row as dense, unchecked
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    heads = [h for g in groups for h in g.heads]
-    if heads != list(range(H)):
-        q, k, v, rates = *(t[:, heads] for t in (q, k, v)), rates[heads]
-        speeds, window = tuple(speeds[h] for h in heads), _of_heads(window, heads)
-    sizes = [len(g.heads) for g in groups]
-    if causal:
-        (qs, ks), window = _prepare(q, k, rates, speeds, window, groups), 1
-    else:
-        qs, ks = _split(q, sizes), _split(k, sizes)
-    outputs, first = [], 0
-    for g, *piece in zip(groups, qs, ks, _split(v, sizes), rates.split(sizes)):
-        mine = range(first, first := first + len(g.heads))
-        w, decays = _of_heads(window, mine), any(speeds[h] for h in mine)
-        outputs.append(attend(g, *piece, w, causal, lengths, decays))
-    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    if heads != list(range(H)):
-        o = o[:, sorted(range(H), key=heads.__getitem__)]
+    o = _by_groups(q, k, v, rates, speeds, window, causal, lengths, groups)
     o = o[..., :Dv].to(dtype)
     return _or_nan(o if spoiled is None else o * spoiled, kept)
 

@@ -9,6 +9,7 @@ __all__ = [
     "score_bounds",
     "serves",
     "fit_band",
+    "costs_file",
     "Group",
     "cost",
     "is_small",
@@ -20,9 +21,11 @@ __all__ = [
 ]
 
 # %% ../../nbs/plan.ipynb #bbdd8f21
-import functools, math
+import functools, math, warnings
 import torch
+from pathlib import Path
 from typing import Callable, NamedTuple
+from .._util import cache_folder, read_json
 from .bands import Band, band_error, far_delta, level, safe_limit
 from ..padding import transformed
 
@@ -141,6 +144,34 @@ _TWO_SIDED |= {"linear": (2.6, 450, 7e5)}
 # estimates; the matrix of a long sequence would not fit
 _GPU = {"dense": (1e3, 0, 0), "sdpa": (1, 0, 0), "linear": (1.1, 900, 2e8)}
 _KEYS = dict.fromkeys(_CAUSAL, (1, 0, 0))  # keys alone count
+
+
+def costs_file() -> Path:
+    """Where `las bench --calibrate` keeps what it measured on this machine; raises
+    `ValueError` where there is no home folder."""
+    return cache_folder() / "costs.json"
+
+
+def _measured_costs() -> list[dict[str, tuple[float, float, float]]]:
+    "Costs of causal and of bidirectional calls on CPUs: measured here, or those above."
+    try:
+        path = costs_file()
+    except ValueError:
+        return [_CAUSAL, _TWO_SIDED]
+    try:
+        found = read_json(path, "causal", "two_sided")
+        return [
+            {way: tuple(map(float, found[side][way])) for way in _CAUSAL}
+            for side in ("causal", "two_sided")
+        ]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        warnings.warn(f"measured costs are not used ({e}): las bench --calibrate")
+    return [_CAUSAL, _TWO_SIDED]
+
+
+_COSTS = _measured_costs()
 
 
 # %% ../../nbs/plan.ipynb #7094b2d1
@@ -284,7 +315,7 @@ def plan(
         method = "dense"
     if method in ("dense", "flex"):
         return [Group(method, tuple(range(H)))]
-    costs = _CAUSAL if causal or not any(rates) else _TWO_SIDED
+    costs = _COSTS[not (causal or not any(rates))]
     costs = _KEYS if method == "linear" else costs if device == "cpu" else _GPU
     bounds = bounds or (1.0,) * H
     price = functools.partial(cost, L=L, batch=batch, costs=costs, width=width)

@@ -25,7 +25,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, IO, Iterable, Iterator
-from .._util import DataError, _cores, at_home, read_json, replace_file
+from .._util import DataError, _cores, at_home, cache_folder, read_json
+from .._util import replace_file
 from .sequences import Sequences
 
 
@@ -42,12 +43,9 @@ def data_root(
 def _cache_folder() -> Path:
     "The user's cache: what is kept here can be made again."
     try:
-        return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "las_nb"
-    except ValueError:
-        raise DataError(
-            "there is no home folder to keep data in: set HOME, or name a cache with "
-            "XDG_CACHE_HOME"
-        ) from None
+        return cache_folder()
+    except ValueError as e:
+        raise DataError(str(e)) from None
 
 
 # %% ../../nbs/files.ipynb #92d7dc23
