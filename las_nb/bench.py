@@ -466,7 +466,11 @@ def _in_turn(
 _DIGITS = dict(dim=128, depth=4, n_heads=4, norm="batch", max_rate=0.1)
 _LONG = dict(dim=128, depth=2, n_heads=8, max_rate=0.5)
 # name -> length, batch on a GPU, batch on a CPU, arguments of LaSTransformer
-WHOLE_MODELS = {"smnist": (784, 64, 8, _DIGITS), "16k": (16_384, 8, 1, _LONG)}
+WHOLE_MODELS = {
+    "smnist": (784, 64, 8, _DIGITS),
+    "2k": (2048, 32, 4, _LONG),
+    "16k": (16_384, 8, 1, _LONG),
+}
 
 
 def model_speed(
@@ -475,19 +479,24 @@ def model_speed(
     rounds: int = 3,
     # method -> tokens per second (median), low, high, ratio (to plain)
 ) -> dict[str, dict[str, float]]:
-    "Training speed of a whole model, with plain attention and with LaS."
+    """Training speed of a whole model: plain attention, without and with rotary
+    positions, and LaS at the model's own rate, 0.5 and 0.001."""
     L, gpu, cpu, options = WHOLE_MODELS[name]
     batch = gpu if device == "cuda" else cpu
     tol = 1e-2 if device == "cuda" else 1e-3
-    kinds = {"plain": dict(max_rate=0.0, window=1), "auto": {}}
-    if L <= 2048:  # else the matrices of all heads at once do not fit
-        kinds["dense"] = dict(method="dense")
+    own = {n: o for n, o in options.items() if n != "max_rate"}
+    local = own | dict(tol=tol, max_rate=options.get("max_rate", 0.1))
+    kinds = {"plain": local | dict(max_rate=0.0, window=1), "auto": local}
+    kinds["rotary"] = own | dict(mixer="attention", positions="rotary")
+    for rate in (0.5, 0.001):
+        kinds[f"auto {rate}"] = local | dict(max_rate=rate)
+    if L < 2048:  # else the matrices of all heads at once do not fit
+        kinds["dense"] = local | dict(method="dense")
     x = torch.randn(batch, L, 1, device=device)
     y = torch.zeros(batch, dtype=torch.long, device=device)
     steps = {}
-    for kind, changes in kinds.items():
+    for kind, every in kinds.items():
         torch.manual_seed(0)
-        every = options | dict(tol=tol) | changes
         model = LaSTransformer(10, in_features=1, **every).to(device)
         steps[kind] = training_step(model, torch.optim.AdamW(model.parameters()), x, y)
     times = _in_turn(steps, rounds)

@@ -204,7 +204,7 @@ def test_whole_models(monkeypatch):
     )
     speed = model_speed("tiny", rounds=1)
     assert (
-        set(speed) == {"plain", "auto", "dense"}
+        set(speed) == {"plain", "rotary", "auto", "auto 0.5", "auto 0.001", "dense"}
         and speed["plain"]["ratio"] == 1
         and all(s["tokens_per_s"] > 0 for s in speed.values())
     )

@@ -1,5 +1,5 @@
 import math, os, shutil, subprocess, sys
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1066,3 +1066,20 @@ def test_signatures_of_the_gpu_kernels(kind, dtype, b, K, scale):
         assert call["logsumexp"].shape == (2, 3, b + -b % 32) and (
             b == K or call["attn_bias"].stride(-2) % 8 == 0
         )
+
+
+@pytest.mark.parametrize("heads, L", [(1, 2048), (1, 2050), (3, 2051)])
+def test_few_long_heads_keep_all_cores_busy(heads, L, monkeypatch):
+    "In two halves: the same numbers, forward and backward, to rounding."
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    used, apply = [], lib._TwoHalves.apply
+    monkeypatch.setattr(lib._TwoHalves, "apply", lambda *a: used.append(1) or apply(*a))
+    *a, up = (t.float() for t in (*qkv(1, heads, L, 8), qkv(1, heads, L, 8)[0]))
+    found, torch_one = [], lambda *a: F.scaled_dot_product_attention(*a, is_causal=True)
+    for way in (lib.causal_sdpa, torch_one):
+        mine = [t.detach().clone().requires_grad_() for t in a]
+        o = way(*mine)
+        found.append([o, *torch.autograd.grad(o, mine, up)])
+    assert used == [1]
+    for x, y in zip(*found):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

@@ -11,8 +11,8 @@ import torch, torch.nn.functional as F
 from typing import Any, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
-from .bands import kernel_for, level, made_for, one_sided, row_factors
-from .bands import sum_rows, trusted, two_sided
+from .bands import causal_sdpa, kernel_for, level, made_for, one_sided
+from .bands import row_factors, sum_rows, trusted, two_sided
 from .flex import flex_attend
 from .plan import Group, METHODS, TOL, is_small, keeps_bound
 from .plan import head_bounds, plan_call
@@ -42,7 +42,9 @@ def _plain_sdpa(
         if causal or lengths is None
         else key_mask(lengths, *k.shape[:3:2], k.device)[:, None, None]
     )
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    if causal:
+        return causal_sdpa(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 # %% ../../nbs/function.ipynb #12c592df

@@ -27,6 +27,7 @@ __all__ = [
     "band_error",
     "far_field",
     "one_sided",
+    "causal_sdpa",
     "merge",
     "diagonals",
     "sum_diagonals",
@@ -670,6 +671,88 @@ def one_sided(
         *far_field(q, k, v, rates, band),
     )
     return [torch.cat([x, y[:, :, : L - K]], 2) for x, y in zip(first, rest)]
+
+
+# %% ../../nbs/15_fast.ipynb #f1c70031
+def _halves(t: torch.Tensor) -> torch.Tensor:
+    "Early and late steps as sequences of their own: `(B, H, L, ...)` to `(2 B, ...)`."
+    return t.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _whole(t: torch.Tensor) -> torch.Tensor:
+    "The inverse of `_halves`."
+    return t.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3)
+
+
+def _late(t: torch.Tensor) -> torch.Tensor:
+    "Late steps, in two parts that count as heads: `(B, H, L, ...)` to `(B, 2 H, ...)`."
+    return t.unflatten(2, (4, -1))[:, :, 2:].flatten(1, 2)
+
+
+def _early(t: torch.Tensor) -> torch.Tensor:
+    "Early steps, for each of those parts: `(B, H, L, D)` to `(B, 2 H, L / 2, D)`."
+    early = t[:, :, None, : t.shape[2] // 2]
+    return early.expand(-1, -1, 2, -1, -1).flatten(1, 2)
+
+
+# %% ../../nbs/15_fast.ipynb #f1c70032
+class _TwoHalves(torch.autograd.Function):
+    "Causal attention on CPUs, in pieces of equal work; `L` is a multiple of 4."
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        attend = aten._scaled_dot_product_flash_attention_for_cpu
+        o, lse = map(_whole, attend(*map(_halves, (q, k, v)), 0.0, True))
+        square = attend(_late(q), _early(k), _early(v), 0.0, False)
+        o2, lse2 = (t.unflatten(1, (-1, 2)).flatten(2, 3) for t in square)
+        m = q.shape[2] // 2
+        both = torch.logaddexp(lse[:, :, m:], lse2)
+        share, share2 = ((x - both).exp()[..., None] for x in (lse[:, :, m:], lse2))
+        o[:, :, m:] = o[:, :, m:] * share + o2 * share2
+        lse[:, :, m:] = both
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        back = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        q, k, v, o, lse = ctx.saved_tensors
+        m = q.shape[2] // 2
+        halves = map(_halves, (g, q, k, v, o, lse))
+        dq, dk, dv = map(_whole, back(*halves, 0.0, True))
+        keys = _late(q), _early(k), _early(v)
+        square = back(_late(g), *keys, _late(o), _late(lse), 0.0, False)
+        more = [t.unflatten(1, (-1, 2)) for t in square]
+        dq[:, :, m:] += more[0].flatten(2, 3)
+        dk[:, :, :m] += more[1].sum(2)
+        dv[:, :, :m] += more[2].sum(2)
+        return dq, dk, dv
+
+
+# %% ../../nbs/15_fast.ipynb #f1c70033
+def causal_sdpa(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "Torch's causal attention; on CPUs so that few long heads keep all cores busy."
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or transformed(q):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    L, tasks = q.shape[2], q.shape[0] * q.shape[1]
+    if L < 2048 or _busy(2 * tasks) < 1.25 * _busy(tasks) or q.dtype == torch.float16:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # later keys than its own are nothing to a query
+    q, k, v = (F.pad(t, (0, 0, 0, -L % 4)) for t in (q, k, v))
+    return _TwoHalves.apply(*_dense_rows(q, k, v))[:, :, :L]
+
+
+def _busy(tasks: int) -> float:
+    "The share of its threads that work, where each takes whole tasks."
+    threads = torch.get_num_threads()
+    return tasks / (threads * math.ceil(tasks / threads))
 
 
 # %% ../../nbs/15_fast.ipynb #7aef0e84
