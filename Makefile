@@ -18,7 +18,7 @@ train: .venv/ready  ## plain attention and LaS on 8x8 digits, with a table and a
 test: .venv/ready  ## everything: export in sync, every notebook, pytest, docs checks (about 20 minutes)
 	@$(NBTEST) --n_workers 1 --path nbs/solutions.ipynb & longest=$$!; \
 	$(NBTEST) --n_workers 2 --timing --skip_file_re '^[_.]|solutions' && wait $$longest
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 quick: .venv/ready  ## what a small change needs: layout, export in sync, imports, core mathematics, two notebooks
 	$(BIN)/ruff check -q nbs las_nb tests

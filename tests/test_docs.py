@@ -403,8 +403,8 @@ def test_pages_are_accessible(site, browser):
     """axe-core finds no violation of WCAG A and AA in what pages bring (colours of
     themes are not here; those of the figures are)."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    p = browser.new_page()
     for path in notebooks():
-        p = browser.new_page()
         p.goto((site / html_name(path.name)).as_uri())
         rules = {
             "color-contrast": {"enabled": path.stem == "play"},
@@ -420,10 +420,10 @@ def test_pages_are_accessible(site, browser):
                 "resultTypes": ["violations"],
             },
         )
-        p.close()
         assert found.violations_count == 0, (
             f"{path.name}: {found.generate_report()[:1500]}"
         )
+    p.close()
 
 
 def test_own_colours_have_contrast():
