@@ -325,3 +325,14 @@ def test_what_is_not_finite_reaches_no_earlier_output(shape, which):
     got = las_attention(*a, (0.1,) * shape[1], score_bound=1e4)
     assert torch.equal(got[:, :, :-1], want[:, :, :-1])
     assert got[:, :, -1].isnan().all()
+
+
+@pytest.mark.parametrize("rows", ["queries", "keys"])
+def test_nan_does_not_hide_huge_keys(rows):
+    "Huge keys beside tiny queries are levelled, whatever else is not a number."
+    q, k, v = noise(3, 1, 2, 400, 16).float()
+    want = las_attention(q, k, v, (0.01, 0.15), score_bound=1e4)
+    q, k = q * 1e-30, k * 1e30
+    (q if rows == "queries" else k)[:, :, -1] = math.nan
+    got = las_attention(q, k, v, (0.01, 0.15), score_bound=1e4)
+    assert error(got[:, :, :-1], want[:, :, :-1], v) < 1e-3

@@ -335,7 +335,7 @@ def _las_fast(
     if any(speeds) or not is_one(window) or D != Dv:
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        if sizes is None or not max(sizes[:2]) < 1e6:
+        if sizes is None or not all(s < 1e6 for s in sizes[:2]):  # NaN hides others
             q, k = level(q, k)
     if D != Dv:  # the kernels want one width
         q, k, v = (
