@@ -15,6 +15,8 @@ __all__ = [
     "memory_left",
     "flex",
     "alibi",
+    "sliding_window",
+    "linear_peer",
     "call",
     "timed",
     "compare_ways",
@@ -27,6 +29,7 @@ __all__ = [
     "training_step",
     "model_speed",
     "speed_table",
+    "ratio_table",
     "plot_speed",
     "numbers",
     "measure",
@@ -46,6 +49,7 @@ from .fast.flex import compiled_flex
 from .fast.plan import cost, costs_file, plan_call
 from .las import POOLS, las_dense
 from .locality import exact_rates
+from .mixers.linear import linear_attention
 from .model import LaSTransformer
 from .settings import Bench
 
@@ -205,6 +209,35 @@ def alibi(
 
 
 # %% ../nbs/16_bench.ipynb #edf7fe43
+def sliding_window(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rates: tuple[float, ...],
+    case: Case,
+) -> torch.Tensor:
+    "Attention to 128 to 255 near keys, by the package local-attention."
+    try:
+        from local_attention import LocalAttention
+    except ImportError:
+        raise Skip("pip install local-attention") from None
+    how = dict(causal=True, autopad=True, use_rotary_pos_emb=False)
+    return LocalAttention(min(128, case.L), **how)(q, k, v)
+
+
+def linear_peer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rates: tuple[float, ...],
+    case: Case,
+) -> torch.Tensor:
+    "Linear attention with features `elu(x) + 1`, in float32."
+    q, k = F.elu(q.float()) + 1, F.elu(k.float()) + 1
+    return linear_attention(q, k, v.float()).to(v.dtype)
+
+
+# %% ../nbs/16_bench.ipynb #c5b4bc83
 WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "plain": plain,
     "auto": las("auto"),
@@ -212,8 +245,12 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "sdpa": las("sdpa"),
     "flex": flex,
     "alibi": alibi,
+    "sliding-window": sliding_window,
+    "linear-attention": linear_peer,
     "dense": dense,
 }
+# not LaS: what they compute has no error to speak of
+_OTHERS = ("plain", "alibi", "sliding-window", "linear-attention")
 
 
 # %% ../nbs/16_bench.ipynb #5b1ec171
@@ -336,7 +373,7 @@ def error_of(
 ) -> float | None:
     "Largest error of an output against the matrix in float64."
     gpu = case.device == "cuda"
-    if case.L > (16_384 if gpu else 4096) or name in ("plain", "alibi"):
+    if case.L > (16_384 if gpu else 4096) or name in _OTHERS:
         return None
     if case.batch > 8 and not gpu:
         return None
@@ -532,8 +569,36 @@ def speed_table(
             rows.append(
                 f"{case} {name} | {seconds} | {w['ratio']:.2f} | {memory} | {error} |"
             )
+    return "\n".join([*rows, *_not_measured(record)])
+
+
+def _not_measured(record: dict[str, Any]) -> list[str]:
+    "One sentence about the methods that took no part, if there are any."
+    found: dict[tuple[str, str], list[str]] = {}
+    for c in record["cases"]:
         for name, why in c["skipped"].items():
-            rows.append(f"{case} {name} | {why} | | | |")
+            found.setdefault((name, why), []).append(f"{c['L']:,} at {c['max_rate']}")
+    every = len(record["cases"])
+    said = [
+        f"{name} ({why})" + (f" at L {', '.join(at)}" if len(at) < every else "")
+        for (name, why), at in found.items()
+    ]
+    return ["", f"Not measured: {'; '.join(said)}."] if said else []
+
+
+def ratio_table(
+    record: dict[str, Any],  # as las bench writes it
+    rate: float,  # max_rate
+) -> str:  # Markdown
+    "How many times as fast as plain attention every method is, at every length."
+    cases = [c for c in record["cases"] if c["max_rate"] == rate]
+    names = [n for n in WAYS if any(n in c["ways"] for c in cases)]
+    rows = ["| | " + " | ".join(f"{c['L']:,}" for c in cases) + " |"]
+    rows.append("|---|" + "---:|" * len(cases))
+    for name in names:
+        ways = [c["ways"].get(name) for c in cases]
+        ratios = [f"{w['ratio']:.2f}" if w else "" for w in ways]
+        rows.append(f"| {name} | " + " | ".join(ratios) + " |")
     return "\n".join(rows)
 
 
@@ -545,6 +610,8 @@ _COLORS = {
     "sdpa": "#8a5fa8",
     "flex": "#c4622d",
     "alibi": "#999999",
+    "sliding-window": "#5b8fb9",
+    "linear-attention": "#a3566f",
     "dense": "#7c7b78",
 }
 

@@ -11,9 +11,10 @@ import torch, torch.nn.functional as F
 from typing import Any, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
-from .bands import causal_sdpa, kernel_for, level, made_for, one_sided
-from .bands import row_factors, sum_rows, trusted, two_sided
+from .bands import kernel_for, level, made_for, one_sided, row_factors
+from .bands import sum_rows, trusted, two_sided
 from .flex import flex_attend
+from .heads import causal_heads
 from .plan import Group, METHODS, TOL, is_small, keeps_bound
 from .plan import head_bounds, plan_call
 from ..las import las_dense
@@ -42,9 +43,7 @@ def _plain_sdpa(
         if causal or lengths is None
         else key_mask(lengths, *k.shape[:3:2], k.device)[:, None, None]
     )
-    if causal:
-        return causal_sdpa(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
 # %% ../../nbs/function.ipynb #12c592df
@@ -59,7 +58,7 @@ def attend(
     lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
     decays: bool = True,  # is any rate above 0?
 ) -> torch.Tensor:  # `(B, H, L, D)`
-    "The heads of one group; causal ones come as from _prepare, and `window` is 1."
+    "The heads of one group; causal ones come as from _prepare, unless dense."
     if group.method == "dense":
         return las_dense(q, k, v, rates, window, "scores", causal, lengths)
     if group.method == "flex":
@@ -227,16 +226,6 @@ def _las_fused(
 
 
 # %% ../../nbs/function.ipynb #f1c70006
-@functools.lru_cache(128)
-def _kept_factors(
-    speeds: tuple[float, ...], L: int, window: Any, signs: tuple[int, ...]
-) -> torch.Tensor:
-    "row_factors of short sequences, as float32."
-    with torch.inference_mode(False):
-        r, sign = (torch.tensor(t, dtype=torch.float64) for t in (speeds, signs))
-        return row_factors(r, L, window, r * sign).float()
-
-
 def _prepare(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
@@ -244,33 +233,30 @@ def _prepare(
     speeds: tuple[float, ...],  # the rates as numbers
     window: Window,  # W, or its weights, newest key first
     groups: list[Group],  # heads in their order, and how they go
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:  # of every group
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys of a causal call: keys smoothed, both rescaled where torch's
     attention takes them."""
-    L, sizes = q.shape[2], [len(g.heads) for g in groups]
     ways = [g.method for g in groups for _ in g.heads]
-    grows = tuple(way == "sdpa" and r > 0 for way, r in zip(ways, speeds))
-    keep = q.dtype == torch.float32 and q.device.type == "cpu"
-    keep = keep and len(speeds) * L <= 2**16 and not torch.compiler.is_compiling()
-    keep = keep and not isinstance(window, torch.Tensor)
-
-    def summed(x, window, sign):
-        if not any(grows) and is_one(window):
-            return _split(x, sizes)
-        if keep:
-            signs = tuple(sign * g for g in grows)
-            f = _kept_factors(speeds, L, _as_tuple(window), signs)
-        else:
-            signs = torch.tensor(grows, device=rates.device) * sign
-            f = row_factors(rates, L, window, rates.double() * signs)
-        return sum_rows(x, f, sizes)
-
-    return summed(q, 1, -1), summed(k, window, 1)
+    grows = [way == "sdpa" and r > 0 for way, r in zip(ways, speeds)]
+    if any(grows):
+        growth = rates.double() * torch.tensor(grows, device=rates.device)
+        q = sum_rows(q, row_factors(rates, q.shape[2], 1, -growth))
+        return q, sum_rows(k, row_factors(rates, q.shape[2], window, growth))
+    if is_one(window):
+        return q, k
+    return q, sum_rows(k, row_factors(rates, q.shape[2], window))
 
 
-def _split(x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
-    "The heads of every group; backwards, splitting copies."
-    return (x,) if len(sizes) == 1 else x.split(sizes, 1)
+def _go_together(q: torch.Tensor, window: Window, causal: bool) -> bool:
+    "Is it a matter for causal_heads?"
+    if not causal or q.device.type != "cpu" or q.dtype not in _WIDE:
+        return False
+    if torch.compiler.is_compiling() or transformed(q):
+        return False
+    return not (isinstance(window, torch.Tensor) and window.requires_grad)
+
+
+_WIDE = torch.float32, torch.float64
 
 
 # %% ../../nbs/function.ipynb #f1c70020
@@ -286,23 +272,29 @@ def _by_groups(
     groups: list[Group],  # which heads go which way
 ) -> torch.Tensor:  # `(B, H, L, D)`
     "Every group of heads its way, and all heads in their order again."
-    H = q.shape[1]
+    H, together = q.shape[1], _go_together(q, window, causal)
     # torch's CPU kernel takes every row as dense, unchecked
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    if together:  # first
+        mine = tuple(g for g in groups if g.method in ("sdpa", "linear"))
+        groups = [*mine, *(g for g in groups if g not in mine)]
     heads = [h for g in groups for h in g.heads]
     if heads != list(range(H)):
         q, k, v, rates = *(t[:, heads] for t in (q, k, v)), rates[heads]
         speeds, window = tuple(speeds[h] for h in heads), _of_heads(window, heads)
-    sizes = [len(g.heads) for g in groups]
-    if causal:
-        (qs, ks), window = _prepare(q, k, rates, speeds, window, groups), 1
-    else:
-        qs, ks = _split(q, sizes), _split(k, sizes)
     outputs, first = [], 0
-    for g, *piece in zip(groups, qs, ks, _split(v, sizes), rates.split(sizes)):
-        mine = range(first, first := first + len(g.heads))
-        w, decays = _of_heads(window, mine), any(speeds[h] for h in mine)
-        outputs.append(attend(g, *piece, w, causal, lengths, decays))
+    if together and mine:
+        first = sum(len(g.heads) for g in mine)
+        some, groups = [t[:, :first] for t in (q, k, v)], groups[len(mine) :]
+        w = _as_tuple(_of_heads(window, range(first)))
+        outputs.append(causal_heads(*some, speeds[:first], w, mine))
+    elif causal and not together:
+        (q, k), window = _prepare(q, k, rates, speeds, window, groups), 1
+    for g in groups:
+        at = slice(first, first := first + len(g.heads))
+        w, decays = _of_heads(window, range(H)[at]), any(speeds[at])
+        piece = (t[:, at] for t in (q, k, v))
+        outputs.append(attend(g, *piece, rates[at], w, causal, lengths, decays))
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     if heads != list(range(H)):
         o = o[:, sorted(range(H), key=heads.__getitem__)]

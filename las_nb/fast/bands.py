@@ -6,11 +6,13 @@
 __all__ = [
     "LIMIT",
     "aten",
+    "NO_SECOND",
     "safe_limit",
     "rescale",
     "decayed_sdpa",
     "level",
     "row_factors",
+    "weigh",
     "sum_rows",
     "windows",
     "overlap_add",
@@ -26,8 +28,11 @@ __all__ = [
     "Band",
     "band_error",
     "far_field",
+    "window_attention",
+    "window_attention_backward",
     "one_sided",
-    "causal_sdpa",
+    "split_attention",
+    "split_attention_backward",
     "merge",
     "diagonals",
     "sum_diagonals",
@@ -42,7 +47,6 @@ import functools, math
 import torch, torch.nn.functional as F
 import warnings
 from typing import Any, Callable, NamedTuple, Sequence
-from torch.autograd.function import once_differentiable
 from ..padding import real_keys, transformed, whole_lengths
 from ..smoothing import Window, edge_scale, smooth_keys, turned, weights_like
 from ..smoothing import window_sides, window_weights
@@ -136,55 +140,32 @@ def row_factors(
 
 
 # %% ../../nbs/15_fast.ipynb #f1c70003
-def _weigh(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, back: bool):
-    "Weighted sums of rows and those before them, or the transpose, into `out`."
-    for y, z in zip(out, x):  # (H, L, D), one sequence after the other
+def weigh(
+    x: torch.Tensor,  # `(B, H, L, D)`
+    factors: torch.Tensor,  # as from row_factors `(W, H, L, 1)`
+    out: torch.Tensor,  # where the sums go
+    back: bool = False,  # the transpose: every row collects from those that used it
+) -> torch.Tensor:  # `out`
+    """Row `j` times its first factor, the one before it times the second, and so on, in
+    place and without a gradient."""
+    few = max(1, 2**17 // x[0].numel())  # sequences
+    for y, z in zip(out.split(few), x.split(few)):
         torch.mul(z, factors[0], out=y)
         for t in range(1, len(factors)):
             if back:
-                y[:, :-t].addcmul_(z[:, t:], factors[t, :, t:])
+                y[:, :, :-t].addcmul_(z[:, :, t:], factors[t, :, t:])
             else:
-                y[:, t:].addcmul_(z[:, :-t], factors[t, :, t:])
+                y[:, :, t:].addcmul_(z[:, :, :-t], factors[t, :, t:])
+    return out
 
 
-class _SumRows(torch.autograd.Function):
-    "sum_rows, with results for some heads after the other."
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, factors: torch.Tensor, sizes: list[int]
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(factors)
-        ctx.sizes, ctx.shape = sizes, x.shape
-        outs = [x.new_empty(len(x), n, *x.shape[2:]) for n in sizes]
-        for part, f, out in zip(x.split(sizes, 1), factors.split(sizes, 1), outs):
-            _weigh(part, f, out, False)
-        return tuple(outs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (factors,), sizes = ctx.saved_tensors, ctx.sizes
-        whole = grads[0].new_empty(ctx.shape)
-        pieces = zip(grads, factors.split(sizes, 1), whole.split(sizes, 1))
-        for g, f, out in pieces:
-            _weigh(g, f, out, True)
-        return whole, None, None
-
-
-# %% ../../nbs/15_fast.ipynb #f1c70004
 def sum_rows(
     x: torch.Tensor,  # `(B, H, L, D)`
     factors: torch.Tensor,  # as from row_factors `(W, H, L, 1)`
-    sizes: list[int],  # how many heads belong together
-) -> tuple[torch.Tensor, ...]:  # `(B, size, L, D)` each, in the dtype of `x`
-    "Row `j` times its first factor, the one before it times the second, and so on."
-    factors = factors.to(x.dtype)
-    seen = torch.compiler.is_compiling() or transformed(x)  # every operation is
-    if x.device.type == "cpu" and not factors.requires_grad and not seen:
-        return _SumRows.apply(x, factors, sizes)
-    parts = [F.pad(x, (0, 0, t, -t)) * f for t, f in enumerate(factors)]
-    return functools.reduce(torch.add, parts).split(sizes, 1)
+) -> torch.Tensor:  # `(B, H, L, D)`, the dtype of `x`
+    "The same, by operations that torch differentiates."
+    parts = [F.pad(x, (0, 0, t, -t)) * f for t, f in enumerate(factors.to(x.dtype))]
+    return functools.reduce(torch.add, parts)
 
 
 # %% ../../nbs/15_fast.ipynb #10031c6e
@@ -232,6 +213,7 @@ def tiles(
 
 # %% ../../nbs/15_fast.ipynb #44241356
 aten: Any = torch.ops.aten
+_SPLIT_FROM = 256  # queries in a window that goes in two calls, on CPUs
 
 
 # %% ../../nbs/15_fast.ipynb #27e3c787
@@ -287,10 +269,13 @@ def flash(
     # torch's CPU kernel takes every row as dense, unchecked; those of GPUs refuse
     q, k, v = _dense_rows(q, k, v)
     if kind == "cpu":
-        mask = None if b == K else lower_right(b, K, q.dtype)
-        return *aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, b == K, attn_mask=mask, scale=scale
-        ), (mask,)
+        attend = aten._scaled_dot_product_flash_attention_for_cpu
+        if not _SPLIT_FROM <= b < K:
+            mask = None if b == K else lower_right(b, K, q.dtype)
+            return *attend(q, k, v, 0.0, b == K, attn_mask=mask, scale=scale), ()
+        (k, k2), (v, v2) = (t.split([K - b, b], -2) for t in (k, v))
+        first = attend(q, k, v, 0.0, False, scale=scale)
+        return *_add_far(*first, *attend(q, k2, v2, 0.0, True, scale=scale)), ()
     if kind == "flash":
         o, lse, *rest = aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, True, False, scale=scale
@@ -329,9 +314,15 @@ def flash_backward(
     b, K = q.shape[-2], k.shape[-2]
     g, q, k, v, o = _dense_rows(g, q, k, v, o)
     if kind == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, lse, 0.0, b == K, attn_mask=rest[0], scale=scale
-        )
+        back = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        if not _SPLIT_FROM <= b < K:
+            mask = None if b == K else lower_right(b, K, q.dtype)
+            how = dict(attn_mask=mask, scale=scale)
+            return back(g, q, k, v, o, lse, 0.0, b == K, **how)
+        (k, k2), (v, v2) = (t.split([K - b, b], -2) for t in (k, v))
+        dq, dk, dv = back(g, q, k, v, o, lse, 0.0, False, scale=scale)
+        dq2, *dkv2 = back(g, q, k2, v2, o, lse, 0.0, True, scale=scale)
+        return dq + dq2, *(torch.cat(t, -2) for t in zip((dk, dv), dkv2))
     if kind == "flash":
         return aten._scaled_dot_product_flash_attention_backward(
             g, q, k, v, o, lse, *rest[:4], 0.0, True, *rest[4:], scale=scale
@@ -563,63 +554,84 @@ def _far_gradients(
 
 
 # %% ../../nbs/15_fast.ipynb #f479b66a
+def window_attention(
+    q: torch.Tensor,  # queries `(B, H, n * b, D)`
+    k: torch.Tensor,  # keys of all windows `(B, H, n * b + reach, D)`
+    v: torch.Tensor,  # their values
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    b: int,  # queries per block
+    far_o: torch.Tensor | None = None,  # mean of the far values `(B, H, n, 1 or b, D)`
+    far_lse: torch.Tensor | None = None,  # their log weight `(B, H, n, 1 or b)`
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Blocks of queries attend to their windows of keys, and to a far part: output `(B,
+    H, n, b, D)`, log of the denominators `(B, H, n, b)`, what the backward needs."""
+    *x, _, _ = tiles(q, k, v, rates, b)
+    o, lse, rest = flash(*x, q.shape[-1] ** -0.5, kernel_for(q))
+    o, lse = o.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+    if far_o is not None:
+        o, lse = _add_far(o, lse, far_o, far_lse)
+    return o, lse, rest
+
+
+# %% ../../nbs/15_fast.ipynb #724a7a34
+def window_attention_backward(
+    g: torch.Tensor,  # gradient of `o`
+    g_lse: torch.Tensor | None,  # gradient of `lse`
+    q: torch.Tensor,  # as in window_attention, and so the next six
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rates: torch.Tensor,
+    b: int,
+    far_o: torch.Tensor | None,
+    far_lse: torch.Tensor | None,
+    o: torch.Tensor,  # what it gave, and so the next two
+    lse: torch.Tensor,
+    rest: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    "Gradients of q, k, v, far_o and far_lse."
+    N, D = q.shape[:2], q.shape[-1]
+    *x, qf, kf = tiles(q, k, v, rates, b)
+    args = [g.flatten(0, 1), *x, o.flatten(0, 1)]  # g, q, k, v, o
+    # the denominator's gradient travels as one more value, which is 1 for every key
+    if g_lse is not None:
+        args = [F.pad(t, (0, 8)) for t in args]
+        args[0][..., D], args[3][..., D] = g_lse.flatten(0, 1), 1
+    grads = flash_backward(*args, lse.flatten(0, 1), rest, D**-0.5, kernel_for(q))
+    gq, gk, gv = (t[..., :D].unflatten(0, N) for t in grads)
+    gq = (gq * qf).to(q.dtype).flatten(2, 3)
+    gk, gv = overlap_add(gk * kf, b).to(k.dtype), overlap_add(gv, b)
+    if far_o is None:
+        return gq, gk, gv, None, None
+    return gq, gk, gv, *_far_gradients(g, g_lse, o, lse, far_o, far_lse)
+
+
+# %% ../../nbs/15_fast.ipynb #953c5ca9
 class _DecayedWindows(torch.autograd.Function):
-    """Blocks of queries attend to their windows of keys, and to a far part given by its
-    mean and its log weight."""
+    "window_attention, its blocks joined."
 
     @staticmethod
-    def forward(
-        ctx: Any,  # torch's, for the backward
-        q: torch.Tensor,  # queries `(B, H, n * b, D)`
-        k: torch.Tensor,  # keys of all windows `(B, H, n * b + reach, D)`
-        v: torch.Tensor,  # their values
-        rates: torch.Tensor,  # decay rate per head `(H,)`
-        b: int,  # queries per block
-        far_o: torch.Tensor | None,  # mean of the far values `(B, H, n, 1 or b, D)`
-        far_lse: torch.Tensor | None,  # their log weight `(B, H, n, 1 or b)`
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        "Output `(B, H, n * b, D)` and log of the denominators `(B, H, n * b)`."
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        N, scale = q.shape[:2], q.shape[-1] ** -0.5
-        *x, _, _ = tiles(q, k, v, rates, b)
-        kind = kernel_for(q)
-        o, lse, ctx.rest = flash(*x, scale, kind)
-        o, lse = o.unflatten(0, N), lse.unflatten(0, N)  # (B, H, n, b, D), (B, H, n, b)
-        if far_o is not None:
-            o, lse = _add_far(o, lse, far_o, far_lse)
-        ctx.save_for_backward(q, k, v, rates, far_o, far_lse, o, lse)
-        ctx.b, ctx.kind = b, kind
+        o, lse, ctx.rest = window_attention(*args)
+        q, k, v, rates, ctx.b, *far = args
+        ctx.save_for_backward(q, k, v, rates, *far, o, lse)
         return o.flatten(2, 3), lse.flatten(2, 3)  # (B, H, n * b, D), (B, H, n * b)
 
     @staticmethod
     def backward(
         ctx: Any, g: torch.Tensor | None, g_lse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the arguments of forward, from those of its two results; None
-        for rates and `b`."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "bands have no second derivative (create_graph): use method='dense'"
-            )
+            raise RuntimeError(NO_SECOND)
         q, k, v, rates, far_o, far_lse, o, lse = ctx.saved_tensors
-        N, D, b = q.shape[:2], q.shape[-1], ctx.b
-        g = torch.zeros_like(o) if g is None else g.unflatten(2, (-1, b)).contiguous()
-        *x, qf, kf = tiles(q, k, v, rates, b)
-        args = [t.flatten(0, 1) for t in (g,)] + x + [o.flatten(0, 1)]  # g, q, k, v, o
-        # the denominator's gradient travels as one more value, which is 1 for every key
-        if g_lse is not None:
-            g_lse = g_lse.unflatten(2, (-1, b))
-            args = [F.pad(t, (0, 8)) for t in args]
-            args[0][..., D], args[3][..., D] = g_lse.flatten(0, 1), 1
-        grads = flash_backward(*args, lse.flatten(0, 1), ctx.rest, D**-0.5, ctx.kind)
-        gq, gk, gv = (t[..., :D].unflatten(0, N) for t in grads)
-        gq = (gq * qf).to(q.dtype).flatten(2, 3)
-        gk = overlap_add(gk * kf, b).to(k.dtype)
-        gv = overlap_add(gv, b)
-        if far_o is None:
-            return gq, gk, gv, None, None, None, None
-        far = _far_gradients(g, g_lse, o, lse, far_o, far_lse)
+        g = torch.zeros_like(o) if g is None else g.unflatten(2, o.shape[2:4])
+        g_lse = None if g_lse is None else g_lse.unflatten(2, o.shape[2:4])
+        args = q, k, v, rates, ctx.b, far_o, far_lse, o, lse, ctx.rest
+        gq, gk, gv, *far = window_attention_backward(g.contiguous(), g_lse, *args)
         return gq, gk, gv, None, None, *far
+
+
+NO_SECOND = "bands have no second derivative (create_graph): use method='dense'"
 
 
 # %% ../../nbs/15_fast.ipynb #c0ffee81
@@ -696,63 +708,44 @@ def _early(t: torch.Tensor) -> torch.Tensor:
 
 
 # %% ../../nbs/15_fast.ipynb #f1c70032
-class _TwoHalves(torch.autograd.Function):
-    "Causal attention on CPUs, in pieces of equal work; `L` is a multiple of 4."
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        attend = aten._scaled_dot_product_flash_attention_for_cpu
-        o, lse = map(_whole, attend(*map(_halves, (q, k, v)), 0.0, True))
-        square = attend(_late(q), _early(k), _early(v), 0.0, False)
-        o2, lse2 = (t.unflatten(1, (-1, 2)).flatten(2, 3) for t in square)
-        m = q.shape[2] // 2
-        both = torch.logaddexp(lse[:, :, m:], lse2)
-        share, share2 = ((x - both).exp()[..., None] for x in (lse[:, :, m:], lse2))
-        o[:, :, m:] = o[:, :, m:] * share + o2 * share2
-        lse[:, :, m:] = both
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        back = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        q, k, v, o, lse = ctx.saved_tensors
-        m = q.shape[2] // 2
-        halves = map(_halves, (g, q, k, v, o, lse))
-        dq, dk, dv = map(_whole, back(*halves, 0.0, True))
-        keys = _late(q), _early(k), _early(v)
-        square = back(_late(g), *keys, _late(o), _late(lse), 0.0, False)
-        more = [t.unflatten(1, (-1, 2)) for t in square]
-        dq[:, :, m:] += more[0].flatten(2, 3)
-        dk[:, :, :m] += more[1].sum(2)
-        dv[:, :, :m] += more[2].sum(2)
-        return dq, dk, dv
-
-
-# %% ../../nbs/15_fast.ipynb #f1c70033
-def causal_sdpa(
-    q: torch.Tensor,  # queries `(B, H, L, D)`
+def split_attention(
+    q: torch.Tensor,  # queries `(B, H, L, D)`, L a multiple of 4
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
-) -> torch.Tensor:  # `(B, H, L, D)`
-    "Torch's causal attention; on CPUs so that few long heads keep all cores busy."
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or transformed(q):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    L, tasks = q.shape[2], q.shape[0] * q.shape[1]
-    if L < 2048 or _busy(2 * tasks) < 1.25 * _busy(tasks) or q.dtype == torch.float16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # later keys than its own are nothing to a query
-    q, k, v = (F.pad(t, (0, 0, 0, -L % 4)) for t in (q, k, v))
-    return _TwoHalves.apply(*_dense_rows(q, k, v))[:, :, :L]
+) -> tuple[torch.Tensor, torch.Tensor]:  # `(B, H, L, D)`, `(B, H, L)`
+    """Causal attention on CPUs, in pieces of equal work: output and log of the
+    denominators."""
+    attend = aten._scaled_dot_product_flash_attention_for_cpu
+    o, lse = map(_whole, attend(*map(_halves, (q, k, v)), 0.0, True))
+    square = attend(_late(q), _early(k), _early(v), 0.0, False)
+    o2, lse2 = (t.unflatten(1, (-1, 2)).flatten(2, 3) for t in square)
+    m = q.shape[2] // 2
+    both = torch.logaddexp(lse[:, :, m:], lse2)
+    share, share2 = ((x - both).exp()[..., None] for x in (lse[:, :, m:], lse2))
+    o[:, :, m:] = o[:, :, m:] * share + o2 * share2
+    lse[:, :, m:] = both
+    return o, lse
 
 
-def _busy(tasks: int) -> float:
-    "The share of its threads that work, where each takes whole tasks."
-    threads = torch.get_num_threads()
-    return tasks / (threads * math.ceil(tasks / threads))
+def split_attention_backward(
+    g: torch.Tensor,  # gradient of `o`
+    q: torch.Tensor,  # as in split_attention, and so the next two
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,  # what it gave, and so the next one
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    "Gradients of queries, keys and values."
+    back = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    m, halves = q.shape[2] // 2, map(_halves, (g, q, k, v, o, lse))
+    dq, dk, dv = map(_whole, back(*halves, 0.0, True))
+    keys = _late(q), _early(k), _early(v)
+    square = back(_late(g), *keys, _late(o), _late(lse), 0.0, False)
+    more = [t.unflatten(1, (-1, 2)) for t in square]
+    dq[:, :, m:] += more[0].flatten(2, 3)
+    dk[:, :, :m] += more[1].sum(2)
+    dv[:, :, :m] += more[2].sum(2)
+    return dq, dk, dv
 
 
 # %% ../../nbs/15_fast.ipynb #7aef0e84
