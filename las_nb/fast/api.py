@@ -120,8 +120,9 @@ def _window_gain(window: Window) -> float:
 # %% ../../nbs/function.ipynb #f3fd3502
 def _two_sided_window(window: Window, pool: str, causal: bool) -> int:
     "How many scores an average holds where keys lie on both sides, else 1; see plan."
-    past, future = window_sides(window, causal)
-    return 1 if causal or pool == "weights" else past + future + 1
+    if causal or pool == "weights":
+        return 1
+    return sum(window_sides(window, causal)) + 1
 
 
 def _or_nan(o: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
@@ -509,14 +510,16 @@ def _clean_inputs(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`
+    rates: Any,  # a tensor `(H,)`, or numbers that were checked before
     window: Window,  # W, or its weights, newest key first
     lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
 ) -> tuple[torch.Tensor, ...]:  # q, k, v
     "Inputs with their padding cleared; raises `ValueError` for what does not fit."
     check_qkv(q, k, v)
-    check_rates(rates, q.shape[1])
-    window_weights(window, q.shape[1])
+    if isinstance(rates, torch.Tensor):
+        check_rates(rates, q.shape[1])
+    if type(window) is not int or window < 1:
+        window_weights(window, q.shape[1])
     if lengths is None:
         return q, k, v
     real = key_mask(lengths, q.shape[0], q.shape[2], q.device)  # (B, L)
@@ -622,7 +625,7 @@ def las_attention(
     if whole and _takes_matrix(q, rates, method, W):
         how = window, pool, causal, lengths, score_bound
         return _by_matrix(q, k, v, rates, *how)
-    q, k, v = _clean_inputs(q, k, v, rates, window, lengths)
+    q, k, v = _clean_inputs(q, k, v, speeds or rates, window, lengths)
     if not whole:
         blocks = (_fold_chunks(t, chunk) for t in (q, k, v))
         n = _chunk_lengths(lengths, B, L, chunk, q.device)

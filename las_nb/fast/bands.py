@@ -16,6 +16,7 @@ __all__ = [
     "sum_rows",
     "windows",
     "overlap_add",
+    "tile_factors",
     "tiles",
     "lower_right",
     "made_for",
@@ -28,6 +29,7 @@ __all__ = [
     "Band",
     "band_error",
     "far_field",
+    "far_gradients",
     "window_attention",
     "window_attention_backward",
     "one_sided",
@@ -148,14 +150,12 @@ def weigh(
 ) -> torch.Tensor:  # `out`
     """Row `j` times its first factor, the one before it times the second, and so on, in
     place and without a gradient."""
-    few = max(1, 2**17 // x[0].numel())  # sequences
-    for y, z in zip(out.split(few), x.split(few)):
-        torch.mul(z, factors[0], out=y)
-        for t in range(1, len(factors)):
-            if back:
-                y[:, :, :-t].addcmul_(z[:, :, t:], factors[t, :, t:])
-            else:
-                y[:, :, t:].addcmul_(z[:, :, :-t], factors[t, :, t:])
+    torch.mul(x, factors[0], out=out)
+    for t in range(1, len(factors)):
+        if back:
+            out[:, :, :-t].addcmul_(x[:, :, t:], factors[t, :, t:])
+        else:
+            out[:, :, t:].addcmul_(x[:, :, :-t], factors[t, :, t:])
     return out
 
 
@@ -176,39 +176,53 @@ def windows(x: torch.Tensor, K: int, b: int) -> torch.Tensor:
 
 
 # %% ../../nbs/15_fast.ipynb #5eb72854
-def overlap_add(x: torch.Tensor, b: int) -> torch.Tensor:
-    "The transpose of `windows`: every key collects from all windows that hold it."
-    n, m = x.shape[2], x.shape[3] // b
-    out = x.new_zeros(*x.shape[:2], n + m - 1, b, x.shape[-1])
-    for c in range(m):
-        out[:, :, c : c + n] += x[:, :, :, c * b : (c + 1) * b]
-    return out.flatten(2, 3)  # (B, H, n + m - 1, b, D) -> (B, H, L, D)
+def overlap_add(
+    x: torch.Tensor,  # `(B, H, n, K, D)`
+    b: int,  # steps from a window to the next
+    factors: torch.Tensor | None = None,  # `(H, 1, K, 1)`; None = all are 1
+) -> torch.Tensor:  # `(B, H, L, D)`
+    """The transpose of `windows`: every key collects from all windows that hold it,
+    each entry times its factor."""
+    n, parts = x.shape[2], x.split(b, 3)
+    out = x.new_zeros(*x.shape[:2], n + len(parts) - 1, b, x.shape[-1])
+    for c, part in enumerate(parts):
+        where = out[:, :, c : c + n]
+        if factors is None:
+            where += part
+        else:
+            where.addcmul_(part, factors[:, :, c * b : (c + 1) * b].to(x.dtype))
+    return out.flatten(2, 3)
 
 
 # %% ../../nbs/15_fast.ipynb #746abe1e
-def tiles(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rates: torch.Tensor, b: int
-) -> tuple[torch.Tensor, ...]:
-    """Blocks of `b` queries with their windows of keys and values, rescaled about the
-    middle of each block; and the two factors."""
-    K = k.shape[2] - q.shape[2] + b
-    # 0 at the middle of the block: where it is one key, at that key
+def tile_factors(
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    b: int,  # queries per block
+    K: int,  # keys per window
+    dtype: torch.dtype,  # of the queries
+) -> tuple[torch.Tensor, torch.Tensor]:  # `(H, 1, b, 1)`, `(H, 1, K, 1)`
+    "What rescales a block's queries, and its window's keys: 1 at the middle query."
+    # where the block is one key, that key
     middle = K - (b + 1) / 2
-    steps = torch.arange(K, dtype=torch.float64, device=q.device) - middle
-    # (H, 1, K, 1)
-    f = torch.exp(rates.to(q.device, torch.float64)[:, None] * steps).to(
-        torch.promote_types(q.dtype, torch.float32)
-    )[:, None, :, None]
-    qf = 1 / f[:, :, K - b :]
+    steps = torch.arange(K, dtype=torch.float64, device=rates.device) - middle
+    f = torch.exp(rates.double()[:, None] * steps)[:, None, :, None]
+    f = f.to(torch.promote_types(dtype, torch.float32))
+    return 1 / f[:, :, K - b :], f
+
+
+def tiles(
+    q: torch.Tensor,  # queries `(B, H, n * b, D)`
+    k: torch.Tensor,  # keys of all windows `(B, H, n * b + K - b, D)`
+    v: torch.Tensor,  # their values
+    factors: tuple[torch.Tensor, torch.Tensor],  # as from tile_factors
+) -> list[torch.Tensor]:  # `(B * H, n, b or K, D)` each
+    """Blocks of queries with their windows of keys and values, rescaled about the
+    middle of each block."""
+    qf, kf = factors
+    b, K = qf.shape[2], kf.shape[2]
     q = (q.unflatten(2, (-1, b)) * qf).to(q.dtype)  # (B, H, n, b, D)
-    return (
-        *(
-            t.flatten(0, 1)
-            for t in (q, (windows(k, K, b) * f).to(k.dtype), windows(v, K, b))
-        ),
-        qf,
-        f,
-    )
+    k, v = (windows(k, K, b) * kf).to(k.dtype), windows(v, K, b)
+    return [t.flatten(0, 1) for t in (q, k, v)]
 
 
 # %% ../../nbs/15_fast.ipynb #44241356
@@ -536,7 +550,7 @@ def _add_far(
 
 
 # %% ../../nbs/15_fast.ipynb #14555dc0
-def _far_gradients(
+def far_gradients(
     g: torch.Tensor,  # gradient of `o`
     g_lse: torch.Tensor | None,  # gradient of `lse`
     o: torch.Tensor,  # the whole output `(B, H, n, b, D)`
@@ -558,14 +572,13 @@ def window_attention(
     q: torch.Tensor,  # queries `(B, H, n * b, D)`
     k: torch.Tensor,  # keys of all windows `(B, H, n * b + reach, D)`
     v: torch.Tensor,  # their values
-    rates: torch.Tensor,  # decay rate per head `(H,)`
-    b: int,  # queries per block
+    factors: tuple[torch.Tensor, torch.Tensor],  # as from tile_factors
     far_o: torch.Tensor | None = None,  # mean of the far values `(B, H, n, 1 or b, D)`
     far_lse: torch.Tensor | None = None,  # their log weight `(B, H, n, 1 or b)`
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Blocks of queries attend to their windows of keys, and to a far part: output `(B,
     H, n, b, D)`, log of the denominators `(B, H, n, b)`, what the backward needs."""
-    *x, _, _ = tiles(q, k, v, rates, b)
+    x = tiles(q, k, v, factors)
     o, lse, rest = flash(*x, q.shape[-1] ** -0.5, kernel_for(q))
     o, lse = o.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
     if far_o is not None:
@@ -577,11 +590,10 @@ def window_attention(
 def window_attention_backward(
     g: torch.Tensor,  # gradient of `o`
     g_lse: torch.Tensor | None,  # gradient of `lse`
-    q: torch.Tensor,  # as in window_attention, and so the next six
+    q: torch.Tensor,  # as in window_attention, and so the next five
     k: torch.Tensor,
     v: torch.Tensor,
-    rates: torch.Tensor,
-    b: int,
+    factors: tuple[torch.Tensor, torch.Tensor],
     far_o: torch.Tensor | None,
     far_lse: torch.Tensor | None,
     o: torch.Tensor,  # what it gave, and so the next two
@@ -589,9 +601,9 @@ def window_attention_backward(
     rest: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     "Gradients of q, k, v, far_o and far_lse."
-    N, D = q.shape[:2], q.shape[-1]
-    *x, qf, kf = tiles(q, k, v, rates, b)
-    args = [g.flatten(0, 1), *x, o.flatten(0, 1)]  # g, q, k, v, o
+    N, D, (qf, kf) = q.shape[:2], q.shape[-1], factors
+    b = qf.shape[2]
+    args = [g.flatten(0, 1), *tiles(q, k, v, factors), o.flatten(0, 1)]
     # the denominator's gradient travels as one more value, which is 1 for every key
     if g_lse is not None:
         args = [F.pad(t, (0, 8)) for t in args]
@@ -599,10 +611,10 @@ def window_attention_backward(
     grads = flash_backward(*args, lse.flatten(0, 1), rest, D**-0.5, kernel_for(q))
     gq, gk, gv = (t[..., :D].unflatten(0, N) for t in grads)
     gq = (gq * qf).to(q.dtype).flatten(2, 3)
-    gk, gv = overlap_add(gk * kf, b).to(k.dtype), overlap_add(gv, b)
+    gk, gv = overlap_add(gk, b, kf), overlap_add(gv, b)
     if far_o is None:
         return gq, gk, gv, None, None
-    return gq, gk, gv, *_far_gradients(g, g_lse, o, lse, far_o, far_lse)
+    return gq, gk, gv, *far_gradients(g, g_lse, o, lse, far_o, far_lse)
 
 
 # %% ../../nbs/15_fast.ipynb #953c5ca9
@@ -612,9 +624,9 @@ class _DecayedWindows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        o, lse, ctx.rest = window_attention(*args)
-        q, k, v, rates, ctx.b, *far = args
-        ctx.save_for_backward(q, k, v, rates, *far, o, lse)
+        q, k, v, qf, kf, *far = args
+        o, lse, ctx.rest = window_attention(q, k, v, (qf, kf), *far)
+        ctx.save_for_backward(*args, o, lse)
         return o.flatten(2, 3), lse.flatten(2, 3)  # (B, H, n * b, D), (B, H, n * b)
 
     @staticmethod
@@ -623,10 +635,10 @@ class _DecayedWindows(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(NO_SECOND)
-        q, k, v, rates, far_o, far_lse, o, lse = ctx.saved_tensors
+        q, k, v, qf, kf, far_o, far_lse, o, lse = ctx.saved_tensors
         g = torch.zeros_like(o) if g is None else g.unflatten(2, o.shape[2:4])
         g_lse = None if g_lse is None else g_lse.unflatten(2, o.shape[2:4])
-        args = q, k, v, rates, ctx.b, far_o, far_lse, o, lse, ctx.rest
+        args = q, k, v, (qf, kf), far_o, far_lse, o, lse, ctx.rest
         gq, gk, gv, *far = window_attention_backward(g.contiguous(), g_lse, *args)
         return gq, gk, gv, None, None, *far
 
@@ -639,13 +651,13 @@ def _open_windows(
     q: torch.Tensor,  # queries `(B, H, n * b, D)`
     k: torch.Tensor,  # keys of all windows `(B, H, n * b + reach, D)`
     v: torch.Tensor,  # their values
-    rates: torch.Tensor,  # decay rate per head `(H,)`
-    b: int,  # queries per block
+    qf: torch.Tensor,  # as from tile_factors
+    kf: torch.Tensor,
     far_o: torch.Tensor | None,  # mean of the far values `(B, H, n, 1 or b, D)`
     far_lse: torch.Tensor | None,  # their log weight `(B, H, n, 1 or b)`
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "What _DecayedWindows computes, by operations that torch differentiates itself."
-    *x, _, _ = tiles(q, k, v, rates, b)
+    x = tiles(q, k, v, (qf, kf))
     o, lse, _ = flash(*x, q.shape[-1] ** -0.5, None)
     o, lse = o.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
     if far_o is not None:
@@ -666,20 +678,21 @@ def one_sided(
     L, attend = q.shape[2], _DecayedWindows.apply
     if transformed(q):
         attend = _open_windows
+    r, dtype = rates.to(q.device), q.dtype
     if band is None:
-        return attend(q, k, v, rates, L, None, None)
+        return attend(q, k, v, *tile_factors(r, L, L, dtype), None, None)
     b, K = band.block, band.first
     pad = (0, 0, 0, -(L - K) % b)
     first, q = q.split([K, L - K], 2)
     # no far field yet
-    first = attend(first, k[:, :, :K], v[:, :, :K], rates, K, None, None)
+    factors = tile_factors(r, K, K, dtype)
+    first = attend(first, k[:, :, :K], v[:, :, :K], *factors, None, None)
     q = F.pad(q, pad)
     rest = attend(
         q,
         F.pad(k[:, :, K - band.reach :], pad),
         F.pad(v[:, :, K - band.reach :], pad),
-        rates,
-        b,
+        *tile_factors(r, b, b + band.reach, dtype),
         *far_field(q, k, v, rates, band),
     )
     return [torch.cat([x, y[:, :, : L - K]], 2) for x, y in zip(first, rest)]

@@ -9,8 +9,10 @@ __all__ = ["Part", "make_parts", "causal_heads"]
 import functools, math
 import torch, torch.nn.functional as F
 from typing import Any, NamedTuple
-from .bands import aten, Band, far_field, NO_SECOND, row_factors
-from .bands import split_attention, split_attention_backward, weigh
+from .bands import aten, Band, far_field, far_gradients, NO_SECOND
+from .bands import row_factors
+from .bands import split_attention, split_attention_backward
+from .bands import tile_factors, weigh
 from .bands import window_attention, window_attention_backward
 from .plan import Group
 from ..smoothing import is_one, window_weights
@@ -25,6 +27,8 @@ class Part(NamedTuple):
     band: Band | None  # None = torch's attention over all keys
     for_q: torch.Tensor | None  # factors as from row_factors; None = all are 1
     for_k: torch.Tensor | None
+    early: Any = None  # factors of a band's two kinds of windows, as from tile_factors
+    late: Any = None
 
 
 def make_parts(
@@ -47,33 +51,44 @@ def make_parts(
             for_k = None
             if grows or not is_one(window):
                 for_k = row_factors(r, L, mine, r if grows else None).to(dtype)
-            parts.append(Part(heads, r, g.band, for_q, for_k))
+            tiles, K = (None, None), g.band and g.band.first
+            if g.band:
+                sizes = (K, K), (g.band.block, g.band.block + g.band.reach)
+                tiles = (tile_factors(r, *size, dtype) for size in sizes)
+            parts.append(Part(heads, r, g.band, for_q, for_k, *tiles))
     return parts
 
 
 _kept_parts = functools.lru_cache(128)(make_parts)
 
 # %% ../../nbs/heads.ipynb #ddda431f
-_PIECE = 2**18  # numbers in the queries of a piece
+_PIECE = 2**21  # numbers in the queries of a piece
 
 
-def _pieces(part: Part, B: int, L: int, D: int) -> list[tuple[slice, Part]]:
+def _pieces(parts: list[Part], q: torch.Tensor) -> list[tuple[slice, Part]]:
     "Sequences, and a part of a few heads, in turn."
-    h = len(part.rates)
+    (B, _, L, D), work = q.shape, []
     tasks = max(2 * torch.get_num_threads(), _PIECE // max(1, L * D))
-    if h <= tasks:
-        n = tasks // h
-        return [(slice(b, b + n), part) for b in range(0, B, n)]
-    some = [_some(part, slice(i, min(i + tasks, h))) for i in range(0, h, tasks)]
-    return [(slice(b, b + 1), p) for b in range(B) for p in some]
+    for part in parts:
+        h = len(part.rates)
+        n = max(1, tasks // h)  # sequences
+        some = (
+            [part]
+            if h <= tasks
+            else [_some(part, i, tasks) for i in range(0, h, tasks)]
+        )
+        work += [(slice(b, b + n), p) for b in range(0, B, n) for p in some]
+    return work
 
 
-def _some(part: Part, heads: slice) -> Part:
-    "Some heads of a part, as one."
-    first = part.heads.start
-    where = slice(first + heads.start, first + heads.stop)
-    for_q, for_k = (f if f is None else f[:, heads] for f in part[3:])
-    return Part(where, part.rates[heads], part.band, for_q, for_k)
+def _some(part: Part, first: int, n: int) -> Part:
+    "At most `n` heads of a part, from the `first` one on, as one."
+    mine = slice(first, first + n)
+    heads = range(part.heads.stop)[part.heads][mine]
+    rows = (f if f is None else f[:, mine] for f in part[3:5])
+    tiles = (f if f is None else [t[mine] for t in f] for f in part[5:])
+    where = slice(heads.start, heads.stop)
+    return Part(where, part.rates[mine], part.band, *rows, *tiles)
 
 
 def _prepared(
@@ -148,15 +163,18 @@ def _banded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Near keys, and far ones by their mean: output, log of the denominators."
     band, L = part.band, q.shape[2]
-    o, lse, K = torch.empty_like(v), q.new_empty(q.shape[:3]), band.first
+    o, lse, K = _room(v), q.new_empty(q.shape[:3]), band.first
     first = (t[:, :, :K] for t in (q, k, v))
-    x, n, _ = window_attention(*first, part.rates, K)
+    x, n, _ = window_attention(*first, part.early)
     o[:, :, :K], lse[:, :, :K] = x[:, :, 0], n[:, :, 0]
     late = _late(band, q, k, v)
-    far = far_field(late[0], k, v, part.rates, band)
-    x, n, _ = window_attention(*late, part.rates, band.block, *far)
+    far_o, far_lse = far_field(late[0], k, v, part.rates, band)
+    x, n, _ = window_attention(*late, part.late)
+    both = torch.logaddexp(n, far_lse)
+    near, far = ((part - both).exp_()[..., None] for part in (n, far_lse))
+    x.mul_(near).addcmul_(far_o, far)
     o[:, :, K:] = x.flatten(2, 3)[:, :, : L - K]
-    lse[:, :, K:] = n.flatten(2, 3)[:, :, : L - K]
+    lse[:, :, K:] = both.flatten(2, 3)[:, :, : L - K]
     return o, lse
 
 
@@ -171,35 +189,43 @@ def _banded_backward(
     lse: torch.Tensor,
 ) -> list[torch.Tensor]:
     "Gradients of queries, keys and values."
-    band, rates, L = part.band, part.rates, q.shape[2]
-    K, b, start = band.first, band.block, band.first - band.reach
-    grads = [torch.zeros_like(t) for t in (q, k, v)]
+    band, L, K = part.band, q.shape[2], part.band.first
     gs, *rows, os = (t[:, :, :K] for t in (g, q, k, v, o))
-    last = os[:, :, None], lse[:, :, None, :K], ()
-    how = rates, K, None, None, *last
+    how = part.early, None, None, os[:, :, None], lse[:, :, None, :K], ()
     early = window_attention_backward(gs[:, :, None], None, *rows, *how)
-    for t, x in zip(grads, early):
-        t[:, :, :K] = x
     late = _late(band, q, k, v)
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (late[0], k, v)]
-        far = far_field(*leaves, rates, band)
-    gs, os, ns = (
-        _longer(t[:, :, K:], -(L - K) % b).unflatten(2, (-1, b))
+    gs, os, lses = (
+        _longer(t[:, :, K:], -(L - K) % band.block).unflatten(2, (-1, band.block))
         for t in (g, o, lse[..., None])
     )
-    how = rates, b, *(t.detach() for t in far), os, ns[..., 0], ()
-    *x, g_far, g_lse = window_attention_backward(gs, None, *late, *how)
-    for t, at, y in zip(grads, (K, start, start), x):
-        t[:, :, at:] += y[:, :, : L - at]
+    how = part.late, None, None, os, lses[..., 0], ()
+    rest = window_attention_backward(gs, None, *late, *how)
+    grads, start = [_room(v) for _ in range(3)], K - band.reach
+    for t, at, x, y in zip(grads, (K, start, start), early, rest):
+        t[:, :, :at], t[:, :, at:] = x[:, :, :at], y[:, :, : L - at]
+        t[:, :, at:K] += x[:, :, at:]
     if band.zone:
-        x = torch.autograd.grad(far, leaves, (g_far, g_lse))
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (late[0], k, v)]
+            far = far_field(*leaves, part.rates, band)
+        to_far = far_gradients(gs, None, os, lses[..., 0], *(t.detach() for t in far))
+        found = torch.autograd.grad(far, leaves, to_far)
+        for t, at, x in zip(grads, (K, 0, 0), found):
+            t[:, :, at:] += x[:, :, : L - at]
     else:
-        x = (None, None, *torch.autograd.grad(far[0], leaves[2], g_far))
-    for t, at, y in zip(grads, (K, 0, 0), x):
-        if y is not None:
-            t[:, :, at:] += y[:, :, : L - at]
+        _add_to_far(grads[2], gs, lses, band)
     return grads
+
+
+def _add_to_far(dv: torch.Tensor, g: torch.Tensor, lse: torch.Tensor, band: Band):
+    "What blocks of queries give to the values of which they saw the mean."
+    b, n, lead = band.block, g.shape[2], band.lead
+    # a far value's weight is one over the denominator
+    mine = (-lse).exp_().mT @ g  # (B, H, n, 1, b) @ (B, H, n, b, D)
+    later = mine.flip(2).cumsum(2).flip(2)  # (B, H, n, 1, D): of this block and on
+    blocks = dv[:, :, : (n + lead - 1) * b].unflatten(2, (-1, b))
+    blocks[:, :, :lead] += later[:, :, :1]
+    blocks[:, :, lead:] += later[:, :, 1:]
 
 
 # %% ../../nbs/heads.ipynb #474867cf
@@ -210,33 +236,53 @@ class _CausalHeads(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list[Part]
     ) -> torch.Tensor:
-        B, H, L, D = q.shape
-        ctx.parts, o, lse = parts, torch.empty_like(v), q.new_empty(B, H, L)
-        for part in parts:
-            for b, p in _pieces(part, B, L, D):
-                mine = [t[b, p.heads] for t in (q, k, v)]
-                mine[:2] = _prepared(p, *mine[:2])
-                x, n = _banded(p, *mine) if p.band else _whole(*mine)
+        ctx.work, ready = _pieces(parts, q), []
+        # what is prepared is kept where it is small
+        ctx.keeps, alone = q.numel() <= _PIECE, len(ctx.work) == 1
+        o = lse = None if alone else _room(v)
+        lse = None if alone else q.new_empty(q.shape[:3])
+        for b, p in ctx.work:
+            qp, kp = _prepared(p, q[b, p.heads], k[b, p.heads])
+            ready += [qp, kp] if ctx.keeps else []
+            attend = functools.partial(_banded, p) if p.band else _whole
+            x, n = attend(qp, kp, v[b, p.heads])
+            if alone:
+                o, lse = x, n
+            else:
                 o[b, p.heads], lse[b, p.heads] = x, n
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(v, o, lse, *(ready if ctx.keeps else (q, k)))
         return o
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND)
-        known = ctx.saved_tensors
-        grads = [torch.empty_like(t) for t in known[:3]]
-        for part in ctx.parts:
-            for b, p in _pieces(part, *g.shape[:1], *g.shape[2:]):
-                mine = [t[b, p.heads] for t in (g, *known)]
-                mine[1:3] = _prepared(p, *mine[1:3])
-                back = functools.partial(_banded_backward, p)
-                found = (back if p.band else _whole_backward)(*mine)
-                for t, x, f in zip(grads, found, (p.for_q, p.for_k, None)):
-                    where = t[b, p.heads]
-                    where.copy_(x) if f is None else weigh(x, f, where, back=True)
+        v, o, lse, *ready = ctx.saved_tensors
+        alone = len(ctx.work) == 1
+        grads = [] if alone else [_room(v) for _ in range(3)]
+        for i, (b, p) in enumerate(ctx.work):
+            if ctx.keeps:
+                qp, kp = ready[2 * i : 2 * i + 2]
+            else:
+                qp, kp = _prepared(p, *(t[b, p.heads] for t in ready))
+            gp, *rest = (t[b, p.heads] for t in (g, v, o, lse))
+            back = functools.partial(_banded_backward, p) if p.band else _whole_backward
+            found = back(gp, qp, kp, *rest)
+            if alone:
+                grads = [_room(v), _room(v), found[2]]
+            for t, x, f in zip(grads, found, (p.for_q, p.for_k, None)):
+                where = t[b, p.heads]
+                if f is not None:
+                    weigh(x, f, where, back=True)
+                elif t is not x:
+                    where.copy_(x)
         return *grads, None
+
+
+def _room(x: torch.Tensor) -> torch.Tensor:
+    "Room for a tensor like `x`, laid out as torch's kernel lays out what it gives."
+    B, H, L, D = x.shape
+    return x.new_empty(B, L, H, D).transpose(1, 2)
 
 
 # %% ../../nbs/heads.ipynb #d7be5f38

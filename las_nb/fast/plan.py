@@ -71,6 +71,26 @@ def serves(
 
 
 # %% ../../nbs/plan.ipynb #915c23a7
+_COPY = 44  # keys that cost as much as to copy one into a window and back
+
+
+def _per_query(block: int, reach: int) -> float:
+    "What a query with far keys costs, in keys."
+    return (block + reach) * (1 + _COPY / block)
+
+
+def _best_block(near: int, unit: int) -> int:
+    "The cheapest of `unit`, twice that, and so on, for so many near keys."
+    if torch.compiler.is_compiling():  # without a loop
+        return max(unit, -(-near // (4 * unit)) * unit)
+    best = b = unit
+    while b < near:
+        b *= 2
+        if _per_query(b, -(-near // b) * b) < _per_query(best, -(-near // best) * best):
+            best = b
+    return best
+
+
 def _band_with(
     rate: float, bound: float, tol: float, order: int, unit: int, cap: float, lead: int
 ) -> Band | None:
@@ -86,11 +106,11 @@ def _band_with(
         if order:
             rest = (tol - share) * (1 - delta)
             later = _near_keys(rate, bound, far_delta(rest, 0, rate, n))
-        b = max(unit, -(-near // (4 * unit)) * unit)
+        b = _best_block(near, unit)
         while b > 1 and rate * (-(-near // b) * b + lead * b) > cap:
             if lead > 1:
                 return None
-            b -= max(1, b // 8)
+            b //= 2
         n = lead * b
     reach = -(-near // b) * b
     return Band(b, reach, max(0, -(-(later - reach) // b)), lead)
@@ -121,7 +141,8 @@ def fit_band(
             fits = rate * (wider.first - 1) <= cap
             band = wider if fits and wider.first < L else None
         if band and band.first < L:
-            keys = band.first**2 / 2 + (L - band.first) * (band.block + band.reach)
+            keys = _per_query(band.block, band.reach)
+            keys = band.first**2 / 2 + (L - band.first) * keys
             if keys < least:
                 best, least = band, keys
     return best
@@ -138,7 +159,7 @@ METHODS = ("auto", "dense", "sdpa", "flex", "linear", "triton")
 
 # way -> what it costs per key, per query and per call, forward and backward, in keys of
 # torch's causal attention: fitted to two CPU cores
-_CAUSAL = {"dense": (3.6, 0, 1.3e5), "sdpa": (1, 30, 1e5), "linear": (1.3, 150, 3e5)}
+_CAUSAL = {"dense": (3.6, 0, 1.3e5), "sdpa": (1, 30, 1e5), "linear": (1.05, 210, 3e5)}
 _TWO_SIDED = {"dense": (3.6, 0, 1.3e5), "sdpa": (2, 320, 5.5e5)}
 _TWO_SIDED |= {"linear": (2.6, 450, 7e5)}
 # estimates; the matrix of a long sequence would not fit
@@ -198,9 +219,10 @@ def cost(
     heads = batch * len(group.heads)
     if band is None:
         return heads * L * (key * L / 2 + position) + call
-    keys = key * (band.block + band.reach) + position
+    keys = key * _per_query(band.block, band.reach) + position
     if band.zone:  # every block of it adds a state of D x D numbers, read and written
-        keys += 100 + band.zone * width**2 / (5 * band.block)
+        keys += 150 + band.zone * width**2 / (5 * band.block)
+        call *= 1.7
     return heads * (band.first**2 / 2 + (L - band.first) * keys) + call
 
 
