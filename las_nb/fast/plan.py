@@ -159,7 +159,11 @@ METHODS = ("auto", "dense", "sdpa", "flex", "linear", "triton")
 
 # way -> what it costs per key, per query and per call, forward and backward, in keys of
 # torch's causal attention: fitted to two CPU cores
-_CAUSAL = {"dense": (3.6, 0, 1.3e5), "sdpa": (1, 30, 1e5), "linear": (1.05, 210, 3e5)}
+_CAUSAL = {
+    "dense": (5, 0, 1.6e5),
+    "sdpa": (0.8, 50, 7.5e4),
+    "linear": (0.7, 40, 2.8e5),
+}
 _TWO_SIDED = {"dense": (3.6, 0, 1.3e5), "sdpa": (2, 320, 5.5e5)}
 _TWO_SIDED |= {"linear": (2.6, 450, 7e5)}
 # estimates; the matrix of a long sequence would not fit
