@@ -8,7 +8,7 @@ __all__ = ["slide", "share_heads", "las_step", "masked_las_attention", "register
 # %% ../nbs/21_adapt.ipynb #3d9df12c
 import functools, inspect, re, warnings, weakref
 import torch, torch.nn.functional as F
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 from ._util import check_choice
 from .attention import attention_scores, check_qkv, masked_softmax, one_dtype
 from .fast import METHODS, las_attention
@@ -16,6 +16,7 @@ from .fast.api import check_limits
 from .las import POOLS
 from .locality import check_rates, exact_rates
 from .mixers.las import frozen
+from .padding import key_mask, whole_lengths
 from .smoothing import Window, smooth_scores, smooth_weights, window_weights
 
 
@@ -74,25 +75,31 @@ def las_step(
     q: torch.Tensor,  # queries `(B, H, n, D)` of the last n positions
     k: torch.Tensor,  # keys `(B, H, L, D)`, L >= n
     v: torch.Tensor,  # values `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`
+    # decay rate per head `(H,)`
+    rates: torch.Tensor | tuple[float, ...],
     window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     pool: str = "scores",  # average "scores" or "weights"
     # true lengths `(B,)` of right-padded sequences
-    lengths: torch.Tensor | None = None,
+    lengths: torch.Tensor | Sequence[int] | None = None,
     # block length of LaS-chunk: attention stays inside blocks; None = one block
     chunk: int | None = None,
 ) -> torch.Tensor:  # `(B, H, n, D)`
     """Causal LaS attention of the newest queries to all keys: the step of a decoder
     with a cache, exact, in time `n L`."""
     check_choice("pool", pool, ("scores", "weights"))  # what this path knows
+    check_limits(None, None, chunk, q.shape[1])
     n, L = q.shape[-2], k.shape[-2]
     q, k, v = one_dtype(q, k, v)
+    if not isinstance(rates, torch.Tensor):
+        rates = torch.tensor(rates, dtype=torch.float64)
     check_rates(rates, q.shape[1])
     j = torch.arange(L, device=q.device)
     if lengths is None:
         lengths = torch.full((len(q),), L, device=q.device)
     else:  # padding may hold anything
-        v = v.masked_fill((j >= lengths[:, None])[:, None, :, None], 0)
+        lengths = whole_lengths(lengths).to(q.device)
+        padding = ~key_mask(lengths, len(q), L, q.device)[:, None, :, None]
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     # (B, 1, n, 1): where the queries stand
     i = (lengths[:, None] - n + j[:n]).clamp_min(0)[:, None, :, None]
     seen = j <= i  # (B, 1, n, L)
@@ -111,12 +118,19 @@ def las_step(
 
 
 # %% ../nbs/21_adapt.ipynb #bb470ca6
+def _is_torn(
+    mask: torch.Tensor,  # boolean `(B, L)`: True = real token
+) -> torch.Tensor:  # boolean `(B,)`
+    "Which sequences have padding between real tokens?"
+    begins = mask[:, 1:] & ~mask[:, :-1]  # (B, L - 1)
+    return begins.sum(-1).add(mask[:, 0]).gt(1)
+
+
 def _check_whole(
     mask: torch.Tensor,  # boolean `(B, L)`: True = real token
 ) -> None:
     "Raise `ValueError` for a mask with padding between real tokens."
-    begins = mask[:, 1:] & ~mask[:, :-1]  # (B, L - 1)
-    if bool(begins.sum(-1).add(mask[:, 0]).gt(1).any()):
+    if bool(_is_torn(mask).any()):
         raise ValueError(
             "mask has padding between real tokens; LaS needs each sequence in one piece"
         )
@@ -169,7 +183,8 @@ def masked_las_attention(
     of the newest tokens alone.
 
     Raises `ValueError` for shapes or options that do not fit, a mask with holes (on the
-    CPU, where it is read), or fewer queries than keys when not causal."""
+    CPU, where it is read; elsewhere, and compiled, such sequences are NaN), or fewer
+    queries than keys when not causal."""
     check_choice("pool", pool, POOLS)
     check_choice("method", method, METHODS)
     check_limits(tol, score_bound, chunk, q.shape[1])
@@ -186,6 +201,9 @@ def masked_las_attention(
     lengths, start = None, torch.zeros(len(q), dtype=torch.long, device=q.device)
     if mask is not None:
         start, lengths = _real_span(mask, len(q), L)
+        if mask.device.type != "cpu" or torch.compiler.is_compiling():
+            torn = _is_torn(mask)[:, None, None, None]
+            q = torch.where(torn, torch.nan, q)
         k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))
         k, v = slide(k, start), slide(v, start)
     if n < L:
@@ -234,6 +252,10 @@ def _has_table(config: type) -> bool:
     return model is None or any(getattr(model, f"_supports_{w}", False) for w in ways)
 
 
+# the last configuration (weakly) that asked for a mask, and: a causal one?
+_LAST_ASKED: list[Any] = [None, None]
+
+
 def _padding_mask(
     batch_size: int,  # B
     q_length: int,  # n, number of queries
@@ -273,11 +295,22 @@ def _padding_mask(
         if special or not compiling or attention_mask is not None:
             return asked
         return (asked == known.sdpa_mask(*sizes, **options)).all()
+    config = kwargs.get("config")
+    _LAST_ASKED[:] = [None if config is None else weakref.ref(config), causal]
+    # its layers call themselves bidirectional
+    differs = causal and getattr(config, "use_bidirectional_attention", False)
+    if differs and compiling:
+        raise ValueError(
+            f"a compiled {type(config).__name__} with use_bidirectional_attention does "
+            "not say who sees whom; use another attention"
+        )
     end = q_offset + q_length if causal else kv_length
     # all that can be known without reading values
     if compiling and not isinstance(end, torch.Tensor) and end == kv_length:
         return attention_mask
     real = _real_tokens(attention_mask, batch_size, end, kv_length, device)
+    if real is None and differs:
+        real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     if real is not None and not compiling:
         real.las_causal = causal  # layers may take it otherwise, see _is_causal
     return real
@@ -310,10 +343,13 @@ def _crosses(module: torch.nn.Module) -> bool:
 def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
     "May this layer see the past only?"
     own = getattr(module, "is_causal", None)
+    config = getattr(module, "config", None)
+    if asked is None and own is None:
+        known, causal = _LAST_ASKED
+        return causal if known is not None and known() is config else True
     if asked is None:
         return own is not False
     # some causal layers say False where they are given a mask
-    config = getattr(module, "config", None)
     return asked or own is True and getattr(config, "is_causal", True) is not False
 
 
@@ -425,8 +461,11 @@ def _documents_of(
 ) -> torch.Tensor | None:  # `(N + 1,)`; `None` = they are not what it says
     "Boundaries of packed documents, or chunks, read from their mask once for all."
     last, asked, ends = _LAST_MASK
-    if last is not None and last() is mask and asked == (B, causal, mask._version):
-        return ends
+    # inference mode does not count changes
+    version = None if mask.is_inference() else mask._version
+    if version is not None and last is not None and last() is mask:
+        if asked == (B, causal, version):
+            return ends
     ends = None
     if (
         mask.dtype == torch.bool
@@ -437,18 +476,34 @@ def _documents_of(
         begin = seen.int().argmax(-1)  # (B, L): the first key that a query sees
         i = torch.arange(seen.shape[1], device=mask.device)
         same = begin[:, :, None] == begin[:, None]
-        if torch.equal(seen, same & (i <= i[:, None]) if causal else same):
+        whole = bool((begin.diff(dim=1) >= 0).all())  # none goes on after another
+        if whole and torch.equal(seen, same & (i <= i[:, None]) if causal else same):
             begins = (begin == i).expand(B, -1).flatten().nonzero()[:, 0]
             ends = F.pad(begins, (0, 1), value=B * len(i))
-    _LAST_MASK[:] = weakref.ref(mask), (B, causal, mask._version), ends
+    _LAST_MASK[:] = weakref.ref(mask), (B, causal, version), ends
     return ends
+
+
+def _refuse_hidden(name: str, wishes: dict[str, Any], n: int, L: int) -> None:
+    "Raise `ValueError` for packed rows that no mask tells of."
+    at = wishes.get("position_ids")
+    if not isinstance(at, torch.Tensor) or at.device.type != "cpu" or n != L:
+        return
+    if at.ndim == 2 and at.shape[1] == n and bool((at.diff(dim=1) < 0).any()):
+        raise ValueError(
+            f"{name} has position_ids that start anew, packed documents, and no mask "
+            "that tells them apart: call the model with use_cache=False and no mask"
+        )
 
 
 def _take_ends(wishes: dict[str, Any]) -> torch.Tensor | None:
     """Boundaries of packed documents as FlashAttention takes them, out of the further
     keywords of a layer; those that differ for keys stay among them, to be refused."""
     q, k = wishes.get("cu_seq_lens_q"), wishes.get("cu_seq_lens_k")
-    if q is None or k is None or not torch.equal(q, k):
+    if q is None or k is None:
+        return None
+    q, k = torch.as_tensor(q), torch.as_tensor(k)
+    if not torch.equal(q, k):
         return None
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
         wishes.pop(name, None)
@@ -485,8 +540,11 @@ def _attention_of(
             if found is not None and (ends is None or torch.equal(ends, found)):
                 mask, ends = None, found
         _refuse_more(module, mask, kwargs | dict(dropout=dropout))
+        if mask is None and ends is None and not torch.compiler.is_compiling():
+            sizes = query.shape[2], key.shape[2]
+            _refuse_hidden(type(module).__name__, kwargs, *sizes)
         if mask is not None and mask.ndim == 0:
-            mask, packed = None, ~mask
+            mask, packed = None, ~mask if ends is None else None
         # a fixed-size cache has empty places
         if mask is not None:
             key, value = (t[:, :, : mask.shape[1]] for t in (key, value))
@@ -523,6 +581,7 @@ def register_las(
     Needs `transformers` >= 5.15. Models raise `ValueError` where they ask for more than
     causal or bidirectional attention with padding, or, without a cache, with packed
     documents or chunks: dropout, windows, biases, soft caps, sinks, cross-attention.
+    A name that is registered again changes the models that use it.
     Source of the interface: the transformers documentation, "Attention Interface"."""
     # when asked for: the library runs without
     _check_version()
@@ -538,7 +597,10 @@ def register_las(
         )
     rates = functools.cache(lambda n_heads: exact_rates(n_heads, max_rate, spacing))
     rates(1)
-    window_weights(window)
+    if window_weights(window).requires_grad:
+        raise ValueError(
+            "a window that is trained belongs in a layer of yours, see las"
+        )
     check_choice("pool", pool, POOLS)
     check_choice("method", method, METHODS)
     bounds = frozen(score_bound)

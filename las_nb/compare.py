@@ -20,21 +20,22 @@ __all__ = [
 ]
 
 # %% ../nbs/12_compare.ipynb #258d8354
-import io, itertools, json, os, re, statistics, time
+import io, itertools, json, os, re, statistics, sys, time
 import torch
 from pathlib import Path
 from typing import Any, Callable
 from ._command import guarded
-from ._util import check_choice, commit_id, import_extension, replace_file
+from ._util import check_choice, commit_id, import_extension, read_json
+from ._util import replace_file
 from .bench import _in_turn, in_own_process, peak_of, training_step
-from .experiments import work_off
+from .experiments import same_settings, work_off
 from .model import count_parameters
 from .results import compare_table, paired_difference, plot_differences
 from .results import plot_tradeoff
-from .results.record import read_record
+from .results.record import read_record, record_file
 from .settings import Compare, short_names
 from .tasks import Batch, TASKS, batches, reading_order
-from .train import build, load_data, preset
+from .train import build, identity, load_data, preset
 
 
 # %% ../nbs/12_compare.ipynb #64ab9c29
@@ -217,7 +218,11 @@ def probe_step(args: dict[str, Any], root: str | None, device: str) -> int:  # b
 
 def parts(name: str) -> tuple[str, str, int]:  # task, label, seed
     "What the name of a cell says."
-    task, label, seed = re.fullmatch(r"(?:.*/)?(\w+?)-(.+)-(\d+)", name).groups()
+    cell = name.rpartition("/")[2]
+    # the longest task that fits: a name may have dashes
+    known = [re.escape(t) for t in sorted(TASKS, key=len, reverse=True)]
+    pattern = rf"({'|'.join(known)}|\w+?)-(.+)-(\d+)"
+    task, label, seed = re.fullmatch(pattern, cell).groups()
     return task, label, int(seed)
 
 
@@ -344,7 +349,17 @@ def load_cells(
 ) -> dict[str, dict[str, Any]]:
     "The records of a grid."
     found = {name: read_record(results, name) for name in cells}
-    return {name: record for name, record in found.items() if record is not None}
+    found = {name: record for name, record in found.items() if record is not None}
+    for name, record in found.items():
+        if not all(type(record.get(n)) in (int, float) for n in _SHOWN):
+            raise ValueError(
+                f"the record of {name} lacks one of {', '.join(_SHOWN)}: delete its "
+                f"line in {record_file(results, name)} and make it again"
+            )
+    return found
+
+
+_SHOWN = ("test", "params", "tokens_per_s")
 
 
 # %% ../nbs/12_compare.ipynb #3c011f81
@@ -363,7 +378,10 @@ def compare_main(asked: Compare) -> None:
         costly = action == "run" and table.get("cost", True)
         if costly and len(records) == len(cells):
             _write_cost(folder / "cost.json", cells, grid, asked.root, asked.cpu)
-        _show(records, table, folder)
+        _show(records, table, folder, _known_cost(folder / "cost.json", cells))
+        other = sum(not same_settings(r, cells[name]) for name, r in records.items())
+        if other and action == "show":
+            print(f"{other} of them with other settings than now", file=sys.stderr)
 
     guarded(show, "go on with the same command")
 
@@ -372,8 +390,11 @@ def compare_main(asked: Compare) -> None:
 def _write_cost(
     path: Path, cells: dict[str, dict[str, Any]], grid: str, root: str | None, cpu: bool
 ) -> None:
-    "Measure what a step costs, once, and note where."
-    if path.exists():
+    "Measure what a step costs, on tasks with a cell that is new, and note where."
+    known = _known_cost(path, cells)
+    new = {parts(n)[0] for n in cells if parts(n)[1] not in known.get(parts(n)[0], {})}
+    cells = {name: args for name, args in cells.items() if parts(name)[0] in new}
+    if not cells:
         return
     print("all cells are finished; measuring what a step costs", flush=True)
     gpu = torch.cuda.is_available() and not cpu
@@ -385,23 +406,49 @@ def _write_cost(
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         finished=time.strftime("%Y-%m-%d"),
-        tasks=measure_cost(cells, root, cpu),
+        tasks=known | measure_cost(cells, root, cpu),
     )
+    for name, args in cells.items():
+        task, label, _ = parts(name)
+        facts["tasks"][task][label]["model"] = _model_of(args)
     replace_file(path, json.dumps(facts, indent=1).encode())
 
 
+def _model_of(args: dict[str, Any]) -> str:
+    "A checksum of a cell's recipe, whatever its seed."
+    return identity(preset(**args | dict(seed=0)))
+
+
+def _known_cost(
+    path: Path, cells: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:  # task -> label -> as from measure_cost
+    "What was measured of models that are still the same."
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    tasks = read_json(path, "tasks")["tasks"] if path.exists() else {}
+    for name, args in cells.items():
+        task, label, _ = parts(name)
+        cost = tasks.get(task, {}).get(label)
+        # older files do not say of what
+        if cost and cost.get("model", _model_of(args)) == _model_of(args):
+            found.setdefault(task, {})[label] = cost
+    return found
+
+
 def _show(
-    records: dict[str, dict[str, Any]], table: dict[str, Any], folder: Path
+    records: dict[str, dict[str, Any]],
+    table: dict[str, Any],
+    folder: Path,
+    cost: dict[str, dict[str, dict[str, Any]]],  # as from _known_cost
 ) -> None:
     "Print the table of every task, and draw its figure once costs are known."
-    path = folder / "cost.json"
-    cost = json.loads(path.read_text())["tasks"] if path.exists() else {}
     for task in dict.fromkeys(parts(name)[0] for name in records):
         reference = table["reference"]
         rows = summarise(records, task, reference)
         print(f"\n{task}\n\n{compare_table(rows, cost.get(task, {}), reference)}")
-        if cost or not table.get("cost", True):
-            image = draw(rows, cost.get(task), reference)
+        whole = all(row["label"] in cost.get(task, {}) for row in rows)
+        whole = whole and reference in cost.get(task, {})
+        if whole or not table.get("cost", True):
+            image = draw(rows, cost[task] if whole else None, reference)
             replace_file(folder / f"{task}.png", image)
             print(f"\nfigure {folder / task}.png")
 

@@ -16,7 +16,7 @@ from ._util import _cores, check_choice, commit_id, refuse, replace_file
 from .model import LaSTransformer, count_parameters
 from .results import plot_summary, table
 from .settings import Digits
-from .tasks._files import deaf_children
+from .tasks._files import deaf_children, end_with_parent
 from .tasks.digits import digits_data
 
 
@@ -180,7 +180,7 @@ def compare(
     before = multiprocessing.active_children()
     with (
         spawn.Manager() as manager,
-        ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool,
+        ProcessPoolExecutor(jobs, spawn, _begin_worker, (threads,)) as pool,
     ):
         queue = manager.Queue()
         try:
@@ -200,6 +200,11 @@ def compare(
 
 
 # %% ../nbs/07_digits.ipynb #59005d0d
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    end_with_parent()
+
+
 def _draw_bars(queue: Any, futures: list[Any], steps: int, progress: bool) -> None:
     "Draw what comes through the queue until all is done; raises what stopped a run."
     from tqdm import tqdm
@@ -286,6 +291,9 @@ def _compare_and_keep(
 ) -> list[dict[str, Any]]:
     "Train, and write the results file and the figure."
     start, commit = time.perf_counter(), commit_id()
+    # those of an earlier measurement, whose weights are about to change
+    for name in ("digits.json", "digits.png"):
+        (out / name).unlink(missing_ok=True)
     runs = compare(epochs, seeds, jobs, out)
     listed = ",".join(map(str, seeds))
     results = dict(

@@ -111,16 +111,18 @@ def status(
             changed = "" if same else " (with other settings than now)"
             said = f"test {record['test']:.2f} % on {record['device']}"
             return "finished", said + changed
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError) as e:
         return "failed", f"{record_file(results, name)} cannot be read ({e}); delete it"
     if (out / name / "failed.txt").exists():
         return "failed", (out / name / "failed.txt").read_text()
     if found := checkpoints(out / name):
         try:
             facts = read_facts(found[-1])
+            epochs = read_recipe(facts["recipe"]).optimizer.epochs
         except TrainingError as e:
             return "failed", str(e)
-        epochs = read_recipe(facts["recipe"]).optimizer.epochs
+        except (ValueError, TypeError, KeyError) as e:
+            return "failed", f"{found[-1]} does not fit this program ({e})"
         return "cut", f"in epoch {facts['epoch'] + 1} of {epochs}"
     return "waiting", ""
 

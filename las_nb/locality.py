@@ -47,21 +47,19 @@ def exact_rates(
     max_rate = float(max_rate)
     # ..., max_rate / 2, max_rate
     if spacing == "geometric":
-        rates = max_rate * 2.0 ** torch.arange(1 - n_heads, 1, dtype=torch.float64)
+        rates = [max_rate * 2.0 ** (h - n_heads) for h in range(1, n_heads + 1)]
     elif spacing == "uniform":
-        rates = -torch.log1p(
-            -torch.linspace(0, -math.expm1(-max_rate), n_heads, dtype=torch.float64)
-        )
+        share = -math.expm1(-max_rate) / max(1, n_heads - 1)
+        rates = [-math.log1p(-share * h) for h in range(n_heads - 1)] + [max_rate]
     elif spacing == "equal":
-        rates = torch.full((n_heads,), max_rate, dtype=torch.float64)
+        rates = [max_rate] * n_heads
     else:
         raise ValueError(
             f"spacing must be 'geometric', 'uniform' or 'equal'; got {spacing!r}"
         )
-    if spacing != "equal":  # exact at both ends
-        rates[-1] = max_rate
-        rates[0] = 0
-    return tuple(rates.tolist())
+    if spacing != "equal":
+        rates[0] = 0.0
+    return tuple(rates)
 
 
 def decay_rates(
@@ -90,6 +88,8 @@ def check_rates(
 
     Values are not read on a GPU, where every call would wait for them, nor by
     torch.compile."""
+    if not isinstance(rates, torch.Tensor):
+        raise ValueError(f"rates must be a tensor, one number per head; got {rates!r}")
     if (
         rates.ndim != 1
         or not rates.is_floating_point()
@@ -99,11 +99,13 @@ def check_rates(
             f"rates must be floating point of shape ({n_heads or 'H'},); got "
             f"{rates.dtype} {tuple(rates.shape)}"
         )
-    if (
-        rates.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not bool(((rates >= 0) & rates.isfinite()).all())
-    ):
+    if rates.device.type != "cpu" or torch.compiler.is_compiling():
+        return rates
+    try:
+        good = bool(((rates >= 0) & rates.isfinite()).all())
+    except RuntimeError:  # under vmap there is one answer per sample
+        return rates
+    if not good:
         raise ValueError(f"rates must be finite and >= 0; got {rates.tolist()}")
     return rates
 

@@ -19,6 +19,7 @@ import weakref
 import torch
 from typing import Any, Sequence
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 
 # %% ../nbs/padding.ipynb #5467d624
@@ -45,9 +46,17 @@ def whole_lengths(
 
 
 # %% ../nbs/padding.ipynb #c0ffee90
-def transformed(x: torch.Tensor) -> bool:
-    "Is `x` inside a transform of torch.func, such as grad or vmap?"
-    return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x)
+def transformed(*inputs: Any) -> bool:
+    """Is a tensor among them inside a transform of torch.func, such as grad or vmap, or
+    of forward-mode differentiation?"""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if any(map(is_functorch_wrapped_tensor, tensors)):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 # %% ../nbs/padding.ipynb #b96d2195

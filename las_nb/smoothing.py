@@ -24,7 +24,7 @@ __all__ = [
 import torch, torch.nn.functional as F
 from typing import Sequence
 from .locality import check_rates
-from .padding import real_keys
+from .padding import holds, real_keys
 
 # %% ../nbs/04_smoothing.ipynb #d1592fa7
 # W, or the weights of its keys, newest first: (W,), or one row per head (H, W)
@@ -47,10 +47,9 @@ def window_weights(
         w = torch.as_tensor(window, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError, ValueError):
         w = torch.empty(0)
-    read = w.device.type == "cpu" and not torch.compiler.is_compiling()
     good = w.ndim in (1, 2) and w.numel() > 0
     good = good and (w.ndim == 1 or n_heads in (None, len(w)))
-    if not good or read and not bool(w.detach().isfinite().all()):
+    if not good or not holds(w.detach().isfinite()):
         raise ValueError(
             "window must be a whole number >= 1 or its finite weights, (W,) or "
             f"({'H' if n_heads is None else n_heads}, W); got {window!r}"

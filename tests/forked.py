@@ -17,6 +17,10 @@ def _become(words, files, cwd, env, before):
         os.environ.clear()
         os.environ.update(env)
     sys.argv = words
+    # threads do not come along: who compiles in the copy needs new ones
+    if compiler := sys.modules.get("torch._inductor.async_compile"):
+        compiler.AsyncCompile.pool.cache_clear()
+        compiler.AsyncCompile.process_pool.cache_clear()
     if before:
         before()
     try:

@@ -232,3 +232,26 @@ def test_masks_that_do_not_fit():
         masked_las_attention(q[:, :, -1:], k, v, rates, causal=False)
     with pytest.raises(ValueError, match="multiple"):
         share_heads(torch.randn(1, 3, 6, 4), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, list])
+def test_a_step_takes_lengths_of_every_kind(dtype):
+    "In small integers, differences would wrap."
+    q, k, v = torch.randn(3, 1, 2, 77, 8)
+    n = [3] if dtype is list else torch.tensor([3], dtype=dtype)
+    a = q[:, :, :5], k, v, (0.0, 0.1)
+    want = las_step(*a, lengths=torch.tensor([3]))
+    torch.testing.assert_close(las_step(*a, lengths=n), want)
+
+
+def test_a_step_refuses_and_survives():
+    q, k, v = torch.randn(3, 1, 2, 77, 8)
+    rates = torch.tensor([0.0, 0.1])
+    with pytest.raises(ValueError, match="between 1 and 77"):
+        las_step(q[:, :, :1], k, v, rates, lengths=[500])
+    with pytest.raises(ValueError, match="chunk must be"):
+        las_step(q[:, :, :1], k, v, rates, chunk=0)
+    k[:, :, 40:] = torch.nan  # padding
+    q = q[:, :, :1].requires_grad_()
+    o = las_step(q, k, v, rates, lengths=[40])
+    assert torch.autograd.grad(o.sum(), q)[0].isfinite().all()

@@ -3,7 +3,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
-from las_nb.fast import bands as lib
+from las_nb.fast import bands as lib, heads as heads_lib
 from las_nb.fast import METHODS, TOL, Band, las_attention, plan, score_bounds
 from las_nb.fast.bands import (
     band_error,
@@ -1072,14 +1072,44 @@ def test_signatures_of_the_gpu_kernels(kind, dtype, b, K, scale):
 def test_few_long_heads_keep_all_cores_busy(heads, L, monkeypatch):
     "In two halves: the same numbers, forward and backward, to rounding."
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    used, apply = [], lib._TwoHalves.apply
-    monkeypatch.setattr(lib._TwoHalves, "apply", lambda *a: used.append(1) or apply(*a))
+    used, split = [], heads_lib.split_attention
+    spy = lambda *a: used.append(1) or split(*a)  # noqa: E731
+    monkeypatch.setattr(heads_lib, "split_attention", spy)
     *a, up = (t.float() for t in (*qkv(1, heads, L, 8), qkv(1, heads, L, 8)[0]))
     found, torch_one = [], lambda *a: F.scaled_dot_product_attention(*a, is_causal=True)
-    for way in (lib.causal_sdpa, torch_one):
+    for way in (lambda *a: las_attention(*a, (0.0,) * heads, 1), torch_one):
         mine = [t.detach().clone().requires_grad_() for t in a]
         o = way(*mine)
         found.append([o, *torch.autograd.grad(o, mine, up)])
     assert used == [1]
     for x, y in zip(*found):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("L, heads, piece", [(300, 5, 2**11), (900, 3, 2**21)])
+@pytest.mark.parametrize("layout", ["heads first", "steps first"])
+def test_in_pieces_and_in_any_layout(L, heads, piece, layout, monkeypatch):
+    "A few heads at a time, or all at once, with and without bands: the same numbers."
+    monkeypatch.setattr(heads_lib, "_PIECE", piece)
+    a = qkv(3, heads, L, 8)
+    if layout == "steps first":
+        a = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in a]
+    a = [t.requires_grad_() for t in a]
+    rates = (0.0, 0.01, 0.1, 0.3, 0.9)[:heads]
+    got = las_attention(*a, rates, method="linear", tol=1e-6)
+    want = las_dense(*a, torch.tensor(rates, dtype=torch.float64))
+    up = torch.randn_like(want)
+    pairs = [(got, want)]
+    pairs += zip(*(torch.autograd.grad(o, a, up) for o in (got, want)))
+    for x, y in pairs:
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+
+
+def test_memory_stays_near_that_of_plain_attention():
+    "Forward and backward; what a piece of heads needs on the way is small."
+    from las_nb.bench import Case, peak_memory
+
+    for rate in (0.5, 0.001):
+        case = Case(L=16_384, max_rate=rate)
+        mine, plain = (peak_memory(name, case) for name in ("auto", "plain"))
+        assert mine < 1.6 * plain

@@ -1,8 +1,9 @@
 "torch.func: gradients and per-sample gradients, at every length."
 
 import pytest, torch
-from torch.func import functional_call, grad, vmap
-from las_nb import LaSTransformer, decay_rates, las_attention, las_dense
+from torch.func import functional_call, grad, jacfwd, jvp, vmap
+from las_nb import LaSAttention, LaSTransformer, decay_rates
+from las_nb import las_attention, las_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -77,3 +78,83 @@ def test_per_sample_gradients_of_a_model():
         want = torch.autograd.grad(model(x[i : i + 1]).square().sum(), params.values())
         for name, g in zip(params, want):
             torch.testing.assert_close(got[name][i], g, atol=1e-4, rtol=1e-4)
+
+
+def test_a_gradient_of_a_gradient_leaves_nothing_behind():
+    "As in meta-learning: what a call keeps for the next is no part of a transform."
+    torch.manual_seed(0)
+    net, x = LaSAttention(8, 2, max_rate=0.5), torch.randn(2, 300, 8)
+    params = dict(net.named_parameters())
+
+    def loss(p):
+        return functional_call(net, p, (x,)).square().mean()
+
+    def after_a_step(p):
+        return loss({n: p[n] - 0.1 * g for n, g in grad(loss)(p).items()})
+
+    first, again = grad(after_a_step)(params), grad(after_a_step)(params)
+    for name, g in first.items():
+        torch.testing.assert_close(again[name], g)
+    grad(loss)(params)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("L, rates", [(40, (0.0, 0.1)), (300, (0.5, 1.0))])
+def test_vmap_over_one_of_the_three(L, rates, which):
+    a = inputs(L)
+
+    def out(x):
+        mine = [t[:1] for t in a]
+        mine[which] = x[None]
+        return las_attention(*mine, rates)
+
+    want = torch.stack([out(x) for x in a[which]])
+    torch.testing.assert_close(vmap(out)(a[which]), want, atol=1e-6, rtol=0)
+
+
+def test_vmap_over_rates_and_windows():
+    a, rates = inputs(60), torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    windows = torch.tensor([[0.5, 0.5], [0.3, 0.7]])
+    for f, many in (
+        (lambda r: las_attention(*a, r), rates),
+        (lambda w: las_attention(*a, (0.0, 0.1), w), windows),
+    ):
+        torch.testing.assert_close(vmap(f)(many), torch.stack([f(x) for x in many]))
+
+
+@pytest.mark.parametrize("method", ["auto", "linear"])
+@pytest.mark.parametrize("rates", [(0.0, 0.01), (0.5, 1.0)])
+def test_forward_mode(rates, method):
+    a, r = inputs(300, 1)[:, 0], torch.tensor(rates, dtype=torch.float64)
+
+    def with_q(way, r, **how):
+        return lambda q: way(*(t[None] for t in (q, *a[1:])), r, **how).sum()
+
+    fast, exact = with_q(las_attention, rates, method=method), with_q(las_dense, r)
+    tangent = torch.ones_like(a[0])
+    got, want = (jvp(f, (a[0],), (tangent,))[1] for f in (fast, exact))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_forward_mode_of_rates():
+    a, r = inputs(300, 1)[:, :1].unbind(0), torch.tensor((0.05, 0.3)).double()
+    got = jacfwd(lambda r: las_attention(*a, r).square().sum())(r)
+    want = jacfwd(lambda r: las_dense(*a, r).square().sum())(r)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.01), (0.5, 1.0)])
+@pytest.mark.parametrize("method", ["auto", "linear", "sdpa"])
+def test_no_second_derivative_without_the_matrix(rates, method):
+    if method == "sdpa" and rates[-1] == 1.0:
+        pytest.skip("too fast for it")
+    q, k, v = (t[:1] for t in inputs(300, 1))
+
+    def f(x):
+        return las_attention(x, k, v, rates, method=method).square().sum()
+
+    with pytest.raises(RuntimeError, match="method='dense'"):
+        torch.autograd.functional.hvp(f, q, torch.ones_like(q))
+    last = lambda x: las_attention(x, k, v, rates, method=method)[0, 0, -1]  # noqa: E731
+    with pytest.raises(RuntimeError, match="method='dense'"):
+        torch.autograd.functional.jacobian(last, q, vectorize=True)

@@ -432,3 +432,104 @@ def test_the_mask_says_who_sees_whom(side):
             call = dict(attention_mask=mask, use_cache=False)
             found.append(model(noise(), **call).logits[mask.bool()])
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+# --- masks of one's own, and who sees whom
+
+
+def whole_mask(kind):
+    i = torch.arange(L)
+    past = i <= i[:, None]
+    if kind == "woven":
+        return ((i[:, None] - i) % 2 == 0) & past
+    if kind == "a document that goes on after another":
+        document = (i > 3) & (i < 8)
+        return (document[:, None] == document) & past
+    past[:, 2] = False  # a token that nobody sees but itself
+    past[2] = i == 2
+    return past
+
+
+@pytest.mark.parametrize("kind", ["woven", "a document that goes on after another", ""])
+def test_masks_that_look_like_documents_are_refused(kind):
+    model = build()
+    model.set_attn_implementation("hf-off")
+    with pytest.raises(ValueError, match="masks of your own"):
+        model(noise()[:1], attention_mask=whole_mask(kind)[None, None], use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["Align", "Clap"])
+def test_layers_that_do_not_say_whether_they_are_causal(kind):
+    sizes = SIZES | dict(num_key_value_heads=None)
+    torch.manual_seed(0)
+    model = getattr(tf, f"{kind}TextModel")(getattr(tf, f"{kind}TextConfig")(**sizes))
+    model, x = model.eval(), noise()
+    longer = F.pad(x, (0, 2)), F.pad(torch.ones_like(x), (0, 2))
+    found = []
+    for name in ("eager", "hf-off"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            found += [model(x)[0], model(longer[0], attention_mask=longer[1])[0][:, :L]]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-4)
+
+
+def test_causal_layers_that_call_themselves_bidirectional():
+    "Alone and padded alike, and they write."
+    model = build("Gemma", head_dim=8, use_bidirectional_attention=True)
+    model.set_attn_implementation("hf-scores")
+    x = noise()[:1]
+    mask = F.pad(torch.ones_like(x), (3, 0))
+    with torch.no_grad():
+        alone = model(x, use_cache=False).logits
+        padded = model(F.pad(x, (3, 0)), attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(padded[:, 3:], alone, atol=1e-4, rtol=1e-4)
+    written = model.generate(x, max_new_tokens=3, do_sample=False)
+    again = model.generate(x, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert written.tolist() == again.tolist()
+
+
+def test_packed_rows_that_no_mask_tells_of_are_refused():
+    model, x = build(), noise()[:1]
+    model.set_attn_implementation("hf-scores")
+    at = torch.arange(L)[None] % 7
+    with pytest.raises(ValueError, match="start anew"):
+        model(x, position_ids=at)
+    with pytest.raises(ValueError, match="start anew"):
+        model(x, position_ids=at, attention_mask=torch.ones_like(x))
+    with torch.inference_mode():
+        got = model(x, position_ids=at, use_cache=False).logits
+    want = torch.cat([model(d, use_cache=False).logits for d in x.split(7, 1)], 1)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_and_exported_models():
+    register_las("hf-bound", max_rate=0.3, score_bound=100.0)
+    model, x = build(), noise()
+    model.set_attn_implementation("hf-bound")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x, use_cache=False).logits
+
+    for strict in (False, True):
+        program = torch.export.export(Logits(), (x,), strict=strict).module()
+        torch.testing.assert_close(program(x), Logits()(x))
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    hole = torch.ones_like(x)
+    hole[0, 6] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, use_cache=False).logits, Logits()(x))
+        torn = torch.compile(model, backend="eager")
+        got = torn(x, attention_mask=hole, use_cache=False).logits
+    assert got[0].isnan().any() and got[1].isfinite().all()
+
+
+def test_a_window_that_is_trained_is_refused():
+    with pytest.raises(ValueError, match="trained"):
+        register_las("hf-learned", window=torch.ones(2, requires_grad=True))

@@ -183,3 +183,10 @@ def test_what_is_no_packing_is_refused(tf):
             cu_seq_lens_q=cu,
             cu_seq_lens_k=cu + cu.clamp(max=1),
         )
+
+
+def test_autocast_takes_dtypes_that_differ():
+    q, k, v = torch.randn(3, 1, 2, 77, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        a = q, k.bfloat16(), v.bfloat16(), (0.0, 0.1)
+        assert las_attention(*a, cu_seqlens=[0, 30, 77]).dtype == torch.bfloat16

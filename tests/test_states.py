@@ -276,3 +276,29 @@ def test_norms_of_every_option_leave_padding_out(options):
         x = noise(2, 6, 4) + torch.randn(4)
         got = ours.train(training)(x, lengths)[real]
         torch.testing.assert_close(got, torchs.train(training)(x[real]))
+
+
+# --- norms without weights, rates without end
+
+
+def test_a_bound_from_norms_that_lack_weights():
+    layer = MIXERS["las"](32, 4)
+    whole = torch.nn.LayerNorm(32)
+    for options in (dict(bias=False), dict(elementwise_affine=False)):
+        lacking = torch.nn.LayerNorm(32, **options)
+        assert layer.derive_bound(lacking) == pytest.approx(layer.derive_bound(whole))
+
+
+def test_huge_rates_can_be_learned():
+    layer = MIXERS["las-variant"](32, 4, max_rate=100.0, learn="both")
+    assert layer(noise(2, 50, 32)).isfinite().all()
+    torch.testing.assert_close(layer.current_rates()[1:], layer.rates[1:])
+
+
+def test_windows_as_arrays_at_every_length():
+    numpy = pytest.importorskip("numpy")
+    for L in (20, 308):
+        a = noise(3, 1, 2, L, 8)
+        got = las_attention(*a, (0.0, 0.02), window=numpy.array([0.6, 0.4]))
+        want = las_attention(*a, (0.0, 0.02), window=(0.6, 0.4))
+        torch.testing.assert_close(got, want)

@@ -141,8 +141,8 @@ def _of_heads(window: Window, heads: Sequence[int]) -> Window:
 # %% ../../nbs/function.ipynb #5e7a51de
 def _largest(*tensors: torch.Tensor) -> list[float] | None:
     """The largest entry of each; None where values would have to be waited for."""
-    x = tensors[0]
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or transformed(x):
+    cpu = tensors[0].device.type == "cpu"
+    if not cpu or torch.compiler.is_compiling() or transformed(*tensors):
         return None
     return [max(-low, high) for low, high in map(_ends, tensors)]
 
@@ -248,11 +248,13 @@ def _prepare(
     return q, sum_rows(k, row_factors(rates, q.shape[2], window))
 
 
-def _go_together(q: torch.Tensor, window: Window, causal: bool) -> bool:
-    "Is it a matter for causal_heads?"
-    if not causal or q.device.type != "cpu" or q.dtype not in _WIDE:
+def _go_together(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window
+) -> bool:
+    "Is a causal call a matter for causal_heads?"
+    if q.device.type != "cpu" or q.dtype not in _WIDE:
         return False
-    if torch.compiler.is_compiling() or transformed(q):
+    if torch.compiler.is_compiling() or transformed(q, k, v, window):
         return False
     return not (isinstance(window, torch.Tensor) and window.requires_grad)
 
@@ -273,7 +275,7 @@ def _by_groups(
     groups: list[Group],  # which heads go which way
 ) -> torch.Tensor:  # `(B, H, L, D)`
     "Every group of heads its way, and all heads in their order again."
-    H, together = q.shape[1], _go_together(q, window, causal)
+    H, together = q.shape[1], causal and _go_together(q, k, v, window)
     # torch's CPU kernel takes every row as dense, unchecked
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if together:  # first
@@ -368,7 +370,7 @@ def _why_not_fused(
         return "heads of width 128 at most"
     if isinstance(window, torch.Tensor) and window.requires_grad:
         return "weights of the window that are not trained"
-    if transformed(q):
+    if transformed(q, v, window):
         return "calls outside torch.func"
     return None
 
@@ -491,17 +493,22 @@ def _check_call(
                 f"rates must be {q.shape[1]} finite numbers >= 0, one per head; got "
                 f"{rates!r}"
             )
-    elif rates.requires_grad and method not in ("auto", "dense"):
+    elif _is_learned(rates) and method not in ("auto", "dense"):
         raise ValueError(f"gradients of rates need method 'dense'; got {method!r}")
 
 
 # %% ../../nbs/function.ipynb #765ad523
+def _is_learned(x: Any) -> bool:
+    "A tensor that wants a gradient, or is inside a transform of torch.func?"
+    return isinstance(x, torch.Tensor) and (x.requires_grad or transformed(x))
+
+
 def _takes_matrix(
-    q: torch.Tensor, rates: torch.Tensor, method: str, window: int
+    q: torch.Tensor, rates: torch.Tensor, method: str, window: Window, W: int
 ) -> bool:
-    "Is the whole call a matter for las_dense? `window` as in plan."
+    "Is the whole call a matter for las_dense? `W` as in plan."
     if method == "auto":
-        return rates.requires_grad or is_small(*q.shape, window)
+        return _is_learned(rates) or transformed(window) or is_small(*q.shape, W)
     return method == "dense"
 
 
@@ -559,6 +566,7 @@ def _by_documents(
     "Documents in padded batches of like lengths, and back into their rows."
     if lengths is not None:
         raise ValueError("give lengths (padded) or cu_seqlens (packed), not both")
+    q, k, v = one_dtype(q, k, v)
     check_qkv(q, k, v)
     window, pool, causal, *limits = how
     # (B, H, L, D) -> (H, B * L, D)
@@ -615,6 +623,8 @@ def las_attention(
     if cu_seqlens is not None:
         how = window, pool, causal, method, tol, score_bound, chunk
         return _by_documents(q, k, v, rates, lengths, cu_seqlens, *how)
+    if not isinstance(window, (int, torch.Tensor)):
+        window = _as_tuple(window_weights(window, q.shape[1]))
     lengths = None if lengths is None else whole_lengths(lengths)
     B, L, speeds, (q, k, v) = q.shape[0], q.shape[2], None, one_dtype(q, k, v)
     if not isinstance(rates, torch.Tensor):  # a plan needs numbers
@@ -622,7 +632,7 @@ def las_attention(
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
     whole = chunk is None or chunk >= L
     W = _two_sided_window(window, pool, causal)
-    if whole and _takes_matrix(q, rates, method, W):
+    if whole and _takes_matrix(q, rates, method, window, W):
         how = window, pool, causal, lengths, score_bound
         return _by_matrix(q, k, v, rates, *how)
     q, k, v = _clean_inputs(q, k, v, speeds or rates, window, lengths)

@@ -6,7 +6,6 @@
 __all__ = [
     "LIMIT",
     "aten",
-    "NO_SECOND",
     "safe_limit",
     "rescale",
     "decayed_sdpa",
@@ -32,6 +31,7 @@ __all__ = [
     "far_gradients",
     "window_attention",
     "window_attention_backward",
+    "first_derivatives_only",
     "one_sided",
     "split_attention",
     "split_attention_backward",
@@ -633,8 +633,8 @@ class _DecayedWindows(torch.autograd.Function):
     def backward(
         ctx: Any, g: torch.Tensor | None, g_lse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(NO_SECOND)
+        if not torch.compiler.is_compiling():
+            first_derivatives_only(g)
         q, k, v, qf, kf, far_o, far_lse, o, lse = ctx.saved_tensors
         g = torch.zeros_like(o) if g is None else g.unflatten(2, o.shape[2:4])
         g_lse = None if g_lse is None else g_lse.unflatten(2, o.shape[2:4])
@@ -643,7 +643,14 @@ class _DecayedWindows(torch.autograd.Function):
         return gq, gk, gv, None, None, *far
 
 
-NO_SECOND = "bands have no second derivative (create_graph): use method='dense'"
+def first_derivatives_only(g: torch.Tensor | None) -> None:
+    "Raise `RuntimeError` in a backward that is to be differentiated, or batched."
+    batched = g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
+    if torch.is_grad_enabled() or batched:
+        raise RuntimeError(
+            "no second derivative (create_graph), and no batch of gradients "
+            "(vectorize), without the matrix: use method='dense'"
+        )
 
 
 # %% ../../nbs/15_fast.ipynb #c0ffee81
@@ -676,7 +683,7 @@ def one_sided(
     """Causal attention with decayed scores, with or without a far field: output `(B, H,
     L, D)`, log of the denominators `(B, H, L)`."""
     L, attend = q.shape[2], _DecayedWindows.apply
-    if transformed(q):
+    if transformed(q, k, v):
         attend = _open_windows
     r, dtype = rates.to(q.device), q.dtype
     if band is None:

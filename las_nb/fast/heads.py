@@ -9,7 +9,8 @@ __all__ = ["Part", "make_parts", "causal_heads"]
 import functools, math
 import torch, torch.nn.functional as F
 from typing import Any, NamedTuple
-from .bands import aten, Band, far_field, far_gradients, NO_SECOND
+from .bands import aten, Band, far_field, far_gradients
+from .bands import first_derivatives_only
 from .bands import row_factors
 from .bands import split_attention, split_attention_backward
 from .bands import tile_factors, weigh
@@ -255,8 +256,7 @@ class _CausalHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND)
+        first_derivatives_only(g)
         v, o, lse, *ready = ctx.saved_tensors
         alone = len(ctx.work) == 1
         grads = [] if alone else [_room(v) for _ in range(3)]

@@ -401,7 +401,7 @@ def keeps_bound(
 def _measured(q: torch.Tensor, k: torch.Tensor) -> list[float]:
     """S of every head as numbers: infinite where there are none to read, inside
     torch.func and in an exported program; a compiled call leaves its graph for them."""
-    if transformed(q) or torch.compiler.is_exporting():
+    if transformed(q, k) or torch.compiler.is_exporting() or q.device.type == "meta":
         return [math.inf] * q.shape[1]
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(

@@ -205,12 +205,13 @@ def derive_bound(
     """A `score_bound` from the weights: what comes out of a LayerNorm is no longer
     than `sqrt(dim) max|gamma| + |beta|`. It holds under autocast, too."""
     dim, u = self.qkv.in_features, torch.finfo(torch.bfloat16).eps / 2
-    W = self.qkv.weight.detach().double()
-    b = self.qkv.bias.detach().double()
-    x = (
-        dim**0.5 * norm.weight.detach().double().abs().max()
-        + norm.bias.detach().double().norm()
-    )
+    W, b = (_whole(t) for t in (self.qkv.weight, self.qkv.bias))
+    gamma, beta = 1.0, 0.0  # where a norm has none
+    if norm.weight is not None:
+        gamma = _whole(norm.weight).abs().max()
+    if norm.bias is not None:
+        beta = _whole(norm.bias).norm()
+    x = dim**0.5 * gamma + beta
     # (2, H, D, dim), (2, H, D): queries and keys
     W, b = (t.unflatten(0, (3, self.n_heads, -1))[:2] for t in (W, b))
     # autocast rounds weights and biases, then the input, then the result to bfloat16
@@ -218,6 +219,12 @@ def derive_bound(
     q, k = (size * x + b.norm(dim=-1)) * (1 + u) ** 2  # (H,) each
     # and a little for rounding in float32
     return tuple((1.001 * q * k * (dim / self.n_heads) ** -0.5).tolist())
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    "A parameter in double precision, put together where it is spread over devices."
+    x = x.detach()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).double()
 
 
 # %% ../../nbs/layer.ipynb #cfd314fe

@@ -76,7 +76,8 @@ class LaSVariant(LaSAttention):
         self.reach, self.rotary = reach, rotary
         # softplus gives the rate
         if learn in ("rates", "both"):
-            self.raw_rates = nn.Parameter(self.rates.clamp_min(1e-4).expm1().log())
+            r = self.rates.clamp_min(1e-4)
+            self.raw_rates = nn.Parameter(r + (-torch.expm1(-r)).log())
         if learn in ("filter", "both"):
             w = window_weights(window).detach().float()  # (W,) or (H, W)
             self.taps = nn.Parameter(w.expand(n_heads, -1).clone())

@@ -103,7 +103,8 @@ def _is_record(found: Any) -> bool:
     if not isinstance(found, dict) or "name" not in found:
         return False
     known = kinds.keys() & found.keys()
-    return all(isinstance(found[key], kinds[key]) for key in known)
+    good = all(isinstance(found[key], kinds[key]) for key in known)
+    return good and 0 <= found.get("test", 0) <= 100
 
 
 @functools.lru_cache(maxsize=64)

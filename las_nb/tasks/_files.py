@@ -15,6 +15,7 @@ __all__ = [
     "extract",
     "deaf_children",
     "in_parallel",
+    "end_with_parent",
 ]
 
 # %% ../../nbs/files.ipynb #63a4bc3c
@@ -233,7 +234,14 @@ def official(
         root / "lra_release" / path,
         root / path,
     ]
-    return next((p for p in places if p.exists()), None)
+    return next(filter(_holds_something, places), None)
+
+
+def _holds_something(path: Path) -> bool:
+    "A file, or a folder with more in it than macOS puts there."
+    if not path.is_dir():
+        return path.exists()
+    return any(not p.name.startswith("._") for p in path.iterdir())
 
 
 # %% ../../nbs/files.ipynb #f752734a
@@ -538,7 +546,7 @@ def in_parallel(
         yield from _bar(map(work, todo), len(todo))
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, _end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, spawn, end_with_parent) as pool:
         with deaf_children():
             results = pool.map(work, todo)
         try:
@@ -556,7 +564,7 @@ def in_parallel(
 
 
 # joblib's workers outlive a parent that was killed, and say much after Ctrl-C
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     "A worker whose parent was killed ends as well."
 
     def watch():

@@ -82,7 +82,8 @@ def _below(path: str, name: str) -> str | None:
     before, found, after = f"/{name}".partition(f"/{path}/")
     tops = ["", "lra_release", "lra_release/lra_release"]
     top = before.strip("/.")
-    if not found or top not in tops:
+    # what macOS puts beside a file is none
+    if not found or top not in tops or Path(after).name.startswith("._"):
         return None
     if path == "tsv_data" and not after.startswith("new_aan_pairs"):
         return None

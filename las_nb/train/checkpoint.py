@@ -130,7 +130,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return json.loads(
         verified(
             folder / "state.json",
-            (folder / "state.sha256").read_text()
+            (folder / "state.sha256").read_bytes().decode(errors="replace")
             if (folder / "state.sha256").exists()
             else "",
         )

@@ -378,6 +378,10 @@ def restore(self: Trainer, folder: Path) -> None:
             f"{folder} was trained on other data than those that are found now; bring "
             "the old ones back, or choose another folder with --out"
         )
+    if read_recipe(facts["recipe"]) != self.recipe:
+        raise TrainingError(
+            f"{folder} is of a run with other settings: choose another folder"
+        )
     try:
         self.model.load_state_dict(
             {
@@ -857,6 +861,7 @@ def write(self: Trainer, record: dict[str, Any]) -> None:
     "Weights, recipe, curves, results; then the checkpoints have served."
     try:
         self.model.save_pretrained(self.out)
+        record["weights"] = _checksum_of(self.out)
         replace_file(
             self.out / "recipe.json",
             json.dumps(stored(self.recipe), indent=1).encode(),
@@ -930,12 +935,23 @@ def train(
             # a run killed at its very end
             for p in checkpoints(out):
                 shutil.rmtree(p, ignore_errors=True)
-            return read_json(out / "results.json", "name", "test")
+            record = read_json(out / "results.json", *_IN_SUMMARY)
+            if read_recipe(record["recipe"]) != recipe:
+                raise TrainingError(
+                    f"results.json and recipe.json in {out} are of different runs; "
+                    "choose another folder with --out"
+                )
+            return record
     elif (out / "model.safetensors").exists():
         raise TrainingError(
             f"{out} holds a model that is no run's; choose another folder with --out"
         )
     return Trainer(recipe, out, name=name, **options or {}).run()
+
+
+# what a run's results are told by
+_IN_SUMMARY = ("name", "recipe", "test", "valid", "epochs", "params", "device")
+_IN_SUMMARY += ("seconds_per_epoch", "tokens_per_s", "peak_memory")
 
 
 # %% ../../nbs/18_train.ipynb #7c1680f6
@@ -954,8 +970,22 @@ def _stored_recipe(out: Path) -> Recipe | None:
 
 
 # %% ../../nbs/18_train.ipynb #50f62b14
-def _check_same(model: LaSTransformer, recipe: Recipe) -> None:
+def _checksum_of(folder: Path) -> str:
+    content = (folder / "model.safetensors").read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _results_of(folder: Path) -> dict[str, Any]:
+    "What is known of the run in a folder; nothing, where it has no results."
+    path = folder / "results.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _check_same(path: Path, model: LaSTransformer, recipe: Recipe) -> None:
     "Raise `ValueError` where the files of a run disagree about its model."
+    # older runs have no checksum
+    if _results_of(path).get("weights", _checksum_of(path)) != _checksum_of(path):
+        raise ValueError("model.safetensors is not what results.json was written for")
     with torch.device("meta"):
         said = build(recipe).config
     for name, value in model.config.items():
@@ -976,7 +1006,7 @@ def load_run(
             recipe = read_recipe(read_json(path / "recipe.json"))
             check_mixer(recipe.mixer.name, ("plain", *MIXERS))
             model = LaSTransformer.from_pretrained(path)
-            _check_same(model, recipe)
+            _check_same(path, model, recipe)
             return model, recipe
         folder = (
             path
@@ -1020,6 +1050,9 @@ def score(
     model, recipe = load_run(path)
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     data = load_data(recipe, root, device)[split]
+    now, then = getattr(data, "source", ""), _results_of(at_home(path)).get("data")
+    if then and now and now != then:
+        warnings.warn(f"trained and tested on {then}; this is {now}", stacklevel=2)
     model = model.to(device)
     size = recipe.optimizer.at_once
     right = sum(
