@@ -10,6 +10,7 @@ import importlib, json, math, multiprocessing, os, sys, time
 import torch, torch.nn.functional as F
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 from ._util import _cores, check_choice, commit_id, refuse, replace_file
@@ -177,9 +178,10 @@ def compare(
     # more than four make so small a model slower
     threads = min(4, max(1, _cores() // jobs))
     spawn = multiprocessing.get_context("spawn")
-    before = multiprocessing.active_children()
+    before, manager = multiprocessing.active_children(), SyncManager(ctx=spawn)
+    manager.start(end_with_parent)
     with (
-        spawn.Manager() as manager,
+        manager,
         ProcessPoolExecutor(jobs, spawn, _begin_worker, (threads,)) as pool,
     ):
         queue = manager.Queue()

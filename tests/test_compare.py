@@ -331,9 +331,45 @@ def test_from_start_to_end_through_a_cut(grid):
     )
     shown = las_compare(grid, "--action", "show")
     assert shown.returncode == 0 and "| s4d |" in shown.stdout
+    # another model in place of one that was measured, and a record without its size
+    changed = TINY.replace("n_state = 8", "n_state = 16").replace(
+        "epochs = 1", "epochs = 2"
+    )
+    (grid / "tiny.toml").write_text(changed)
+    shown = las_compare(grid, "--action", "show")
+    assert "8 of them with other settings" in shown.stderr and shown.returncode == 0
+    row = next(line for line in shown.stdout.splitlines() if line.startswith("| s4d |"))
+    assert row.split("|")[5].strip() == row.split("|")[7].strip() == "-"
+    (grid / "tiny.toml").write_text(TINY)
+    lines = (grid / "results" / "tiny.jsonl").read_text()
+    (grid / "results" / "tiny.jsonl").write_text(lines.replace('"params":', '"size":'))
+    lacking = las_compare(grid, "--action", "show")
+    assert lacking.returncode == 2 and "lacks one of" in lacking.stderr
     (grid / "results" / "tiny.jsonl").write_text("{")
     broken = las_compare(grid, "--action", "show")
     assert broken.returncode == 2 and "is no results file" in broken.stderr
+
+
+def test_names_of_tasks_may_have_dashes(monkeypatch):
+    from las_nb.tasks import TASKS
+
+    monkeypatch.setitem(TASKS, "my-digits", TASKS["digits"])
+    assert parts("g/my-digits-las-chunk-2") == ("my-digits", "las-chunk", 2)
+    assert parts("g/digits-las-0") == ("digits", "las", 0)
+
+
+def test_a_cost_is_measured_again_for_another_model(grid):
+    from las_nb import compare
+
+    path, cells = grid / "cost.json", read_grid(grid / "tiny.toml")
+    cells = {n: a for n, a in cells.items() if "-las-0" in n or "-s4d-0" in n}
+    compare._write_cost(path, cells, "tiny.toml", None, True)
+    before = path.read_bytes()
+    compare._write_cost(path, cells, "tiny.toml", None, True)
+    assert path.read_bytes() == before
+    wider = {n: a | dict(feedforward=9) for n, a in cells.items()}
+    assert compare._known_cost(path, wider) == {}
+    assert set(compare._known_cost(path, cells)["digits"]) == {"las", "s4d"}
 
 
 def test_a_command_repeats_a_cell(grid):

@@ -152,6 +152,30 @@ def test_ctrl_c_ends_the_command_and_its_workers(tmp_path):
         pytest.fail("a process outlived the command")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_do_not_outlive_the_command(number, tmp_path):
+    (tmp_path / "digits.json").write_text("{}")  # of an earlier measurement
+    p = subprocess.Popen(
+        [COMMAND, "--out", str(tmp_path), "--jobs", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    seen = ""
+    while "seed 0" not in seen:
+        seen += (c := p.stderr.read(1))
+        assert c, seen
+    p.send_signal(number)
+    p.communicate(timeout=30)
+    assert not (tmp_path / "digits.json").exists()
+    for _ in range(75):
+        if not group_lives(p.pid):
+            return
+        time.sleep(0.2)
+    os.killpg(p.pid, signal.SIGKILL)
+    pytest.fail("a process outlived the command")
+
+
 def group_lives(group):
     try:
         os.killpg(group, 0)

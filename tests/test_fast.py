@@ -654,7 +654,7 @@ def test_bands_are_no_wider_than_needed():
                 assert not kept or less == 1
             # what one decay alone would ask for
             need = math.log(40 / far_delta(1e-4, order)) / rate
-            assert band.reach < need + band.block <= need + max(16, need / 4 + 16)
+            assert band.reach < need + band.block <= need + max(16, 2 * need)
 
 
 @settings(max_examples=200, deadline=None)

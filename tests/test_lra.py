@@ -1045,3 +1045,15 @@ def test_a_cache_whose_facts_are_damaged_is_made_again(facts, samples, own_cache
         path.write_text(facts)
     after = load_task("listops", samples, sample=True)["train"]
     assert torch.equal(after.values, before.values)
+
+
+def test_an_empty_folder_is_no_official_copy(tmp_path):
+    from las_nb.tasks._files import official
+
+    inner, outer = (tmp_path / p for p in ("lra_release/lra_release", "lra_release"))
+    for top in (inner, outer):
+        (top / "listops-1000").mkdir(parents=True)
+    (inner / "listops-1000" / "._basic_val.tsv").write_bytes(b"")
+    assert official(tmp_path, "listops-1000") is None
+    (outer / "listops-1000" / "basic_val.tsv").write_text("Source\tTarget\n")
+    assert official(tmp_path, "listops-1000") == outer / "listops-1000"

@@ -95,3 +95,10 @@ def test_a_damaged_run_is_named(name, text, tmp_path):
     (tmp_path / "run" / name).write_text(text)
     with pytest.raises((ValueError, TrainingError), match=f"{name} is damaged|files"):
         train("digits", tmp_path / "run", resume=True, options=quiet, **small)
+
+
+@pytest.mark.parametrize("score", ["NaN", "1e9", "-1"])
+def test_a_score_that_is_none_is_damage(score, tmp_path):
+    (tmp_path / "runs.jsonl").write_text(f'{{"name": "a", "test": {score}}}\n')
+    with pytest.raises(ValueError, match="is no results file"):
+        read_record(tmp_path, "a")

@@ -398,6 +398,41 @@ def test_another_run_in_the_folder_is_refused(whole):
         train("digits", whole[0], options=QUIET, **SMALL)
 
 
+def test_a_trainer_does_not_go_on_with_another_recipe(tmp_path):
+    cut_run(tmp_path)
+    other = preset("digits", **SMALL | dict(lr=0.03, seed=5))
+    with pytest.raises(TrainingError, match="other settings"):
+        Trainer(other, tmp_path, **QUIET)
+
+
+def test_files_of_different_runs_are_told_apart(whole, tmp_path):
+    for name in ("results.json", "recipe.json", "config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((whole[0] / name).read_bytes())
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(TrainingError, match="not what results.json was written for"):
+        load_run(tmp_path)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    recipe["seed"] = 1
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(TrainingError, match="are of different runs"):
+        train("digits", tmp_path, resume=True, options=QUIET)
+
+
+def test_a_score_on_other_data_says_so(whole, tmp_path):
+    for file in whole[0].iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    record = json.loads((tmp_path / "results.json").read_text())
+    if not record["data"]:
+        pytest.skip("these data have no source")
+    record["data"] = "official files"
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="trained and tested on official files"):
+        score(tmp_path, cpu=True)
+
+
 # --- trouble
 
 

@@ -6,8 +6,10 @@
 __all__ = ["attend", "gpu_kernels", "check_limits", "las_attention"]
 
 # %% ../../nbs/function.ipynb #4ea3f475
-import functools, importlib.util, math, numbers, os, sys
+import contextlib, functools, importlib.util, math, numbers, os, sys
 import torch, torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing import Any, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
@@ -43,7 +45,11 @@ def _plain_sdpa(
         if causal or lengths is None
         else key_mask(lengths, *k.shape[:3:2], k.device)[:, None, None]
     )
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    # fused kernels know no forward mode
+    forward = transformed(q, k, v) and forward_ad._current_level >= 0
+    only = sdpa_kernel(SDPBackend.MATH) if forward else contextlib.nullcontext()
+    with only:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
 # %% ../../nbs/function.ipynb #12c592df
@@ -275,7 +281,8 @@ def _by_groups(
     groups: list[Group],  # which heads go which way
 ) -> torch.Tensor:  # `(B, H, L, D)`
     "Every group of heads its way, and all heads in their order again."
-    H, together = q.shape[1], causal and _go_together(q, k, v, window)
+    H, together = q.shape[1], causal and groups[0].method != "flex"
+    together = together and _go_together(q, k, v, window)
     # torch's CPU kernel takes every row as dense, unchecked
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if together:  # first
