@@ -50,16 +50,17 @@ results: .venv/ready  ## repeat the measurement of the digits page, three seeds 
 	cp runs/results/plain-seed0/* nbs/results/digits-plain/
 	cp runs/results/las-seed0/* nbs/results/digits-las/
 
-BENCH := $(BIN)/las bench --out nbs/results
-SMALL := --backward --lengths 32,64,128,256,512 --ways auto,dense --rounds 15
+BENCH := $(BIN)/las bench
+SMALL := --backward --lengths 32,64,128,256,512 --rounds 15
 MODEL := --rounds 3 --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0
 bench: .venv/ready  ## repeat the measurements of the speed page (about 25 minutes on 2 cores; leave the machine alone meanwhile)
 	$(BENCH) --rounds 3 --backward --models
-	$(BENCH) $(SMALL) --name bench-cpu-small
-	$(BENCH) $(SMALL) --batch 16 --name bench-cpu-small-batch
+	$(BENCH) $(SMALL) --ways auto --name bench-cpu-small
+	$(BENCH) $(SMALL) --ways auto,dense --batch 16 --name bench-cpu-small-batch
 	$(BENCH) --rounds 1 --backward --lengths 65536 --max_rate 0.5,0.05 --ways auto --name bench-cpu-long
 	$(BENCH) --rounds 3 --max_rate 0.5 --name bench-cpu-forward
 	$(BENCH) $(MODEL) --name bench-cpu-trained
 	$(BENCH) $(MODEL) --score_scale 4 --name bench-cpu-trained-x4
+	cp runs/bench/bench-cpu*.json nbs/results/
 
 .PHONY: help train test quick lab sync docs experiments results bench
