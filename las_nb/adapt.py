@@ -71,6 +71,7 @@ def _smooth_blocks(
     return y.unflatten(0, (len(x), -1)).movedim(1, 3).flatten(3)[..., :L]
 
 
+# %% ../nbs/21_adapt.ipynb #c0de210119
 def las_step(
     q: torch.Tensor,  # queries `(B, H, n, D)` of the last n positions
     k: torch.Tensor,  # keys `(B, H, L, D)`, L >= n
@@ -202,8 +203,7 @@ def masked_las_attention(
     if mask is not None:
         start, lengths = _real_span(mask, len(q), L)
         if mask.device.type != "cpu" or torch.compiler.is_compiling():
-            torn = _is_torn(mask)[:, None, None, None]
-            q = torch.where(torn, torch.nan, q)
+            q = torch.where(_is_torn(mask)[:, None, None, None], torch.nan, q)
         k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))
         k, v = slide(k, start), slide(v, start)
     if n < L:

@@ -434,6 +434,7 @@ def _known_cost(
     return found
 
 
+# %% ../nbs/12_compare.ipynb #c0de120145
 def _show(
     records: dict[str, dict[str, Any]],
     table: dict[str, Any],

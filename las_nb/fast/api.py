@@ -136,6 +136,13 @@ def _or_nan(o: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return o if kept is None else o.masked_fill(~kept, math.nan)
 
 
+def _plain_window(window: Any) -> Window:
+    "A number, a tensor, or nested tuples: whatever else holds numbers becomes these."
+    if isinstance(window, (int, torch.Tensor)):
+        return window
+    return _as_tuple(window_weights(window))
+
+
 def _of_heads(window: Window, heads: Sequence[int]) -> Window:
     "The window of some heads: their rows, where every head has weights of its own."
     if isinstance(window, int):
@@ -630,12 +637,10 @@ def las_attention(
     if cu_seqlens is not None:
         how = window, pool, causal, method, tol, score_bound, chunk
         return _by_documents(q, k, v, rates, lengths, cu_seqlens, *how)
-    if not isinstance(window, (int, torch.Tensor)):
-        window = _as_tuple(window_weights(window, q.shape[1]))
     lengths = None if lengths is None else whole_lengths(lengths)
-    B, L, speeds, (q, k, v) = q.shape[0], q.shape[2], None, one_dtype(q, k, v)
-    if not isinstance(rates, torch.Tensor):  # a plan needs numbers
-        speeds = tuple(rates)
+    L, window, (q, k, v) = q.shape[2], _plain_window(window), one_dtype(q, k, v)
+    speeds = None if isinstance(rates, torch.Tensor) else tuple(rates)
+    if speeds is not None:
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
     whole = chunk is None or chunk >= L
     W = _two_sided_window(window, pool, causal)
@@ -645,9 +650,11 @@ def las_attention(
     q, k, v = _clean_inputs(q, k, v, speeds or rates, window, lengths)
     if not whole:
         blocks = (_fold_chunks(t, chunk) for t in (q, k, v))
-        n = _chunk_lengths(lengths, B, L, chunk, q.device)
+        n = _chunk_lengths(lengths, len(q), L, chunk, q.device)
         options = window, pool, causal, n, method, tol, score_bound
-        return _unfold_chunks(las_attention(*blocks, speeds or rates, *options), B, L)
+        return _unfold_chunks(
+            las_attention(*blocks, speeds or rates, *options), len(q), L
+        )
     speeds = speeds or tuple(rates.tolist())
     options = window, pool, causal, lengths, method, tol, score_bound
     with torch.autocast(q.device.type, enabled=False):  # every step in its own dtype

@@ -86,8 +86,8 @@ def _some(part: Part, first: int, n: int) -> Part:
     "At most `n` heads of a part, from the `first` one on, as one."
     mine = slice(first, first + n)
     heads = range(part.heads.stop)[part.heads][mine]
-    rows = (f if f is None else f[:, mine] for f in part[3:5])
-    tiles = (f if f is None else [t[mine] for t in f] for f in part[5:])
+    rows = (None if f is None else f[:, mine] for f in part[3:5])
+    tiles = [f and (f[0][mine], f[1][mine]) for f in part[5:]]
     where = slice(heads.start, heads.stop)
     return Part(where, part.rates[mine], part.band, *rows, *tiles)
 

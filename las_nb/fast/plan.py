@@ -91,6 +91,7 @@ def _best_block(near: int, unit: int) -> int:
     return best
 
 
+# %% ../../nbs/plan.ipynb #c0depl0157
 def _band_with(
     rate: float, bound: float, tol: float, order: int, unit: int, cap: float, lead: int
 ) -> Band | None:

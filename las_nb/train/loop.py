@@ -995,6 +995,7 @@ def _check_same(path: Path, model: LaSTransformer, recipe: Recipe) -> None:
             )
 
 
+# %% ../../nbs/18_train.ipynb #c0de180127
 def load_run(
     path: str | Path,  # a run's folder, or one of its checkpoints
 ) -> tuple[LaSTransformer, Recipe]:  # in eval mode, on the CPU
