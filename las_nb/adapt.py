@@ -252,6 +252,7 @@ def _has_table(config: type) -> bool:
     return model is None or any(getattr(model, f"_supports_{w}", False) for w in ways)
 
 
+# %% ../nbs/21_adapt.ipynb #c0de2177
 # the last configuration (weakly) that asked for a mask, and: a causal one?
 _LAST_ASKED: list[Any] = [None, None]
 

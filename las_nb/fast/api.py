@@ -638,7 +638,8 @@ def las_attention(
         how = window, pool, causal, method, tol, score_bound, chunk
         return _by_documents(q, k, v, rates, lengths, cu_seqlens, *how)
     lengths = None if lengths is None else whole_lengths(lengths)
-    L, window, (q, k, v) = q.shape[2], _plain_window(window), one_dtype(q, k, v)
+    (B, _, L, _), window = q.shape, _plain_window(window)
+    q, k, v = one_dtype(q, k, v)
     speeds = None if isinstance(rates, torch.Tensor) else tuple(rates)
     if speeds is not None:
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
@@ -650,11 +651,9 @@ def las_attention(
     q, k, v = _clean_inputs(q, k, v, speeds or rates, window, lengths)
     if not whole:
         blocks = (_fold_chunks(t, chunk) for t in (q, k, v))
-        n = _chunk_lengths(lengths, len(q), L, chunk, q.device)
+        n = _chunk_lengths(lengths, B, L, chunk, q.device)
         options = window, pool, causal, n, method, tol, score_bound
-        return _unfold_chunks(
-            las_attention(*blocks, speeds or rates, *options), len(q), L
-        )
+        return _unfold_chunks(las_attention(*blocks, speeds or rates, *options), B, L)
     speeds = speeds or tuple(rates.tolist())
     options = window, pool, causal, lengths, method, tol, score_bound
     with torch.autocast(q.device.type, enabled=False):  # every step in its own dtype
