@@ -252,11 +252,11 @@ def _has_table(config: type) -> bool:
     return model is None or any(getattr(model, f"_supports_{w}", False) for w in ways)
 
 
-# %% ../nbs/21_adapt.ipynb #c0de2177
 # the last configuration (weakly) that asked for a mask, and: a causal one?
 _LAST_ASKED: list[Any] = [None, None]
 
 
+# %% ../nbs/21_adapt.ipynb #c0de2177
 def _padding_mask(
     batch_size: int,  # B
     q_length: int,  # n, number of queries

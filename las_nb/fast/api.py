@@ -518,12 +518,14 @@ def _is_learned(x: Any) -> bool:
 
 
 def _takes_matrix(
-    q: torch.Tensor, rates: torch.Tensor, method: str, window: Window, W: int
+    q: torch.Tensor, rates: torch.Tensor, method: str, window: Window, *how: Any
 ) -> bool:
-    "Is the whole call a matter for las_dense? `W` as in plan."
-    if method == "auto":
-        return _is_learned(rates) or transformed(window) or is_small(*q.shape, W)
-    return method == "dense"
+    "Is the whole call a matter for las_dense? `how` is pool and causal."
+    if method != "auto":
+        return method == "dense"
+    if _is_learned(rates) or transformed(window):
+        return True
+    return is_small(*q.shape, _two_sided_window(window, *how))
 
 
 # %% ../../nbs/function.ipynb #29064912
@@ -644,8 +646,7 @@ def las_attention(
     if speeds is not None:
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
     whole = chunk is None or chunk >= L
-    W = _two_sided_window(window, pool, causal)
-    if whole and _takes_matrix(q, rates, method, window, W):
+    if whole and _takes_matrix(q, rates, method, window, pool, causal):
         how = window, pool, causal, lengths, score_bound
         return _by_matrix(q, k, v, rates, *how)
     q, k, v = _clean_inputs(q, k, v, speeds or rates, window, lengths)
