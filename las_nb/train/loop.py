@@ -856,6 +856,11 @@ def record(self: Trainer, test: float) -> dict[str, Any]:
 
 
 # %% ../../nbs/18_train.ipynb #e3038c2e
+def _checksum_of(folder: Path) -> str:
+    content = (folder / "model.safetensors").read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 @patch
 def write(self: Trainer, record: dict[str, Any]) -> None:
     "Weights, recipe, curves, results; then the checkpoints have served."
@@ -970,11 +975,6 @@ def _stored_recipe(out: Path) -> Recipe | None:
 
 
 # %% ../../nbs/18_train.ipynb #50f62b14
-def _checksum_of(folder: Path) -> str:
-    content = (folder / "model.safetensors").read_bytes()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def _results_of(folder: Path) -> dict[str, Any]:
     "What is known of the run in a folder; nothing, where it has no results."
     path = folder / "results.json"
