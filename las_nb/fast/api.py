@@ -137,8 +137,8 @@ def _or_nan(o: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
 
 
 def _plain_window(window: Any) -> Window:
-    "A number, a tensor, or nested tuples: whatever else holds numbers becomes these."
-    if isinstance(window, (int, torch.Tensor)):
+    "What is no number, tensor, list or tuple, such as an array, becomes tuples."
+    if isinstance(window, (int, torch.Tensor, list, tuple)):
         return window
     return _as_tuple(window_weights(window))
 
