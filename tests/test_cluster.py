@@ -3,6 +3,7 @@
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
+from filelock import FileLock
 from las_nb.results.record import read_records
 from las_nb.train import checkpoints, train
 
@@ -38,7 +39,14 @@ def workers(process):
     ]
 
 
-def wait_for(condition, process, seconds=300):
+@pytest.fixture(autouse=True)
+def one_cluster_at_a_time(tmp_path_factory):
+    "Two that start at once on two cores wait for each other, minutes long."
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
+
+
+def wait_for(condition, process, seconds=600):
     "What a condition gives once it holds, while a command is running."
     until = time.time() + seconds
     while time.time() < until:
