@@ -101,6 +101,12 @@ def _compare(asked: settings.Compare, given: list[str]) -> None:
     compare_main(asked)
 
 
+def _race(asked: settings.Race, given: list[str]) -> None:
+    from las_nb.race import race_main
+
+    race_main(asked)
+
+
 def _bench(asked: settings.Bench, given: list[str]) -> None:
     from las_nb.bench import bench_main
 
@@ -126,6 +132,7 @@ _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "eval": (settings.Eval, _eval),
     "data": (settings.GetData, _data),
     "compare": (settings.Compare, _compare),
+    "race": (settings.Race, _race),
     "bench": (settings.Bench, _bench),
     "experiments": (settings.Experiments, _experiments),
     "lengths": (settings.Lengths, _lengths),

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "read_toml",
     "parse_toml",
     "spread",
     "arguments",
@@ -39,20 +40,24 @@ from .train import build, identity, load_data, preset
 
 
 # %% ../nbs/12_compare.ipynb #64ab9c29
-def parse_toml(path: str | Path) -> dict[str, Any]:
-    """What a TOML file says, with LaS as the only layer and the first one as reference
-    where it is silent; raises `ValueError` when it cannot be read."""
+def read_toml(path: str | Path) -> dict[str, Any]:
+    "What a TOML file says; raises `ValueError` when it cannot be read."
     try:
         import tomllib
     except ImportError:
         import tomli as tomllib  # Python 3.10
     try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"cannot read the grid {path}: {e.strerror}") from None
     except ValueError as e:
         raise ValueError(f"{path} is no TOML: {e}") from None
-    grid = dict(mixers={"las": {}}) | found
+
+
+def parse_toml(path: str | Path) -> dict[str, Any]:
+    """A grid, with LaS as the only layer and the first one as reference where it is
+    silent; raises `ValueError` when it cannot be read."""
+    grid = dict(mixers={"las": {}}) | read_toml(path)
     for name, (kind, words) in _KINDS.items():
         if not _fits(grid.get(name, kind()), kind):
             raise ValueError(f"{path}: {name} must be {words}; got {grid[name]!r}")

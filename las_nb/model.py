@@ -29,6 +29,7 @@ from .mixers import MIXERS, mixer_options
 from .mixers.las import frozen
 from .padding import clear_padding, holds, key_mask, whole_lengths
 from .positions import sinusoidal
+from .short_convolution import ShortConvolution
 
 
 # %% ../nbs/06_model.ipynb #9e2a4349
@@ -114,9 +115,13 @@ def normalise(
 
 
 # %% ../nbs/06_model.ipynb #3a5795ce
+def _short(dim: int, width: int | None) -> nn.Module:
+    "A short convolution, where one is wanted."
+    return nn.Identity() if width is None else ShortConvolution(dim, width)
+
+
 class Block(nn.Module):
-    """A layer that mixes positions, then a feed-forward network on each of them, both
-    with a residual and a norm."""
+    "A mixer of positions, then a feed-forward network, each with a residual and norm."
 
     prenorm: bool
     mixer: nn.Module
@@ -124,6 +129,7 @@ class Block(nn.Module):
     norm2: MaskedBatchNorm | PositionNorm
     feedforward: nn.Sequential
     dropout: nn.Dropout
+    conv: nn.Module
     pads: bool
 
     def __init__(
@@ -131,10 +137,9 @@ class Block(nn.Module):
         dim: int,  # width
         norm: str = "layer",  # "layer" or "batch"
         prenorm: bool = True,  # normalise before each step, else after it
-        # share of each step's output that is dropped while training
-        dropout: float = 0.0,
-        # hidden width of the feed-forward network; None = 4 * dim
-        feedforward: int | None = None,
+        dropout: float = 0.0,  # share of each step's output dropped while training
+        feedforward: int | None = None,  # hidden width; None = 4 * dim
+        conv: int | None = None,  # steps of a short convolution before the mixer
         mixer: str = "las",  # a key of MIXERS
         **options: Any,  # arguments of the mixer
     ):
@@ -147,16 +152,19 @@ class Block(nn.Module):
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
         )
         self.dropout = nn.Dropout(dropout)
-        # does the mixer know about padding?
+        self.conv = _short(dim, conv)
+        # the others have their padding cleared
         self.pads = "lengths" in inspect.signature(self.mixer.forward).parameters
 
+    def seen(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        "What the mixer sees of the stream `(B, L, dim)`."
+        return self.conv(normalise(self.norm1, x, lengths) if self.prenorm else x)
+
     def mix(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        "The mixer's answer to a normalised input."
-        return (
-            self.mixer(x, lengths)
-            if self.pads
-            else self.mixer(clear_padding(x, lengths))
-        )
+        "What the mixer adds to the stream `(B, L, dim)`."
+        seen = self.seen(x, lengths)
+        given = (seen, lengths) if self.pads else (clear_padding(seen, lengths),)
+        return self.dropout(self.mixer(*given))
 
     def forward(
         self,
@@ -164,11 +172,11 @@ class Block(nn.Module):
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
         "Both steps, each added to what came in."
+        x = x + self.mix(x, lengths)
         if self.prenorm:
-            x = x + self.dropout(self.mix(normalise(self.norm1, x, lengths), lengths))
             seen = normalise(self.norm2, x, lengths)
             return x + self.dropout(self.feedforward(seen))
-        x = normalise(self.norm1, x + self.dropout(self.mix(x, lengths)), lengths)
+        x = normalise(self.norm1, x, lengths)
         return normalise(self.norm2, x + self.dropout(self.feedforward(x)), lengths)
 
 
@@ -272,6 +280,7 @@ class Inputs(Pretrained):
     in_features: int | None
     positions: str | None
     embed: nn.Embedding | nn.Linear
+    conv: nn.Module
     position: nn.Parameter
 
     def __init__(self, config: dict[str, Any]):  # config: as of LaSTransformer
@@ -282,6 +291,7 @@ class Inputs(Pretrained):
             self.embed = nn.Linear(self.in_features, dim)
         else:
             self.embed = nn.Embedding(self.vocab, dim)
+        self.conv = _short(dim, config["input_conv"])
         if self.positions == "learned":
             self.position = nn.Parameter(0.02 * torch.randn(config["max_len"], dim))
 
@@ -316,7 +326,7 @@ class Inputs(Pretrained):
             inputs = inputs.long()
             _check_tokens(inputs, self.vocab)
         # (B, L, dim); under autocast too, what blocks add to stays float32
-        x = self.embed(inputs).to(self.embed.weight.dtype)
+        x = self.conv(self.embed(inputs).to(self.embed.weight.dtype))
         if self.positions == "sinusoidal":
             x = x + sinusoidal(x.shape[1], x.shape[2], x.device, x.dtype)
         if self.positions == "learned":
@@ -361,8 +371,8 @@ def _block_of(
     options = mixer_options(
         c["mixer"], own, c["n_heads"], c["causal"], c["max_len"], rotary
     )
-    norms = c["norm"], c["prenorm"], c["dropout"]
-    return Block(c["dim"], *norms, c["feedforward"], c["mixer"], **options)
+    around = c["norm"], c["prenorm"], c["dropout"], c["feedforward"], c["conv"]
+    return Block(c["dim"], *around, c["mixer"], **options)
 
 
 # %% ../nbs/06_model.ipynb #96f21edb
@@ -402,8 +412,7 @@ class Encoder(Inputs):
         "What blocks attend to, for looking at; for mixers that have `weights`."
         x, maps = self.embedded(inputs, lengths), []
         for block in self.blocks:
-            seen = normalise(block.norm1, x, lengths) if block.prenorm else x
-            maps.append(block.mixer.weights(seen, lengths))
+            maps.append(block.mixer.weights(block.seen(x, lengths), lengths))
             x = block(x, lengths)
         return maps
 
@@ -430,7 +439,7 @@ class Encoder(Inputs):
 # %% ../nbs/06_model.ipynb #5d6b91cd
 def _check_arguments(given: dict[str, Any]) -> None:
     "Raise `ValueError` for sizes and names that a model cannot have."
-    optional = ("vocab", "in_features", "feedforward")
+    optional = ("vocab", "in_features", "feedforward", "conv", "input_conv")
     for name in ("n_classes", "dim", "depth", "n_heads", "max_len", *optional):
         value = given[name]
         if value is None and name in optional:
@@ -485,6 +494,9 @@ class LaSTransformer(Encoder):
         pairs: bool = False,  # classify pairs of sequences, each read apart
         causal: bool = True,  # see the past only?
         feedforward: int | None = None,  # hidden width; None = 4 * dim
+        # steps of a short convolution before every mixer; None = there is none
+        conv: int | None = None,
+        input_conv: int | None = None,  # the same after the embedding
         mixer: str = "las",  # the layer that mixes positions: a key of MIXERS
         **options: Any,  # of the mixer; of "las": max_rate, window, pool, ...
     ):

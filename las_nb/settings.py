@@ -24,6 +24,7 @@ __all__ = [
     "GetData",
     "Work",
     "Experiments",
+    "Race",
     "Compare",
     "Lengths",
     "Digits",
@@ -52,6 +53,8 @@ class Model:
     readout: Literal["mean", "last"] = "mean"  # mean over positions, or the last one
     dropout: float = 0.0  # share dropped in every block
     feedforward: int | None = None  # hidden width of feed-forward nets; none = 4 dim
+    conv: int | None = None  # steps of a short convolution before every mixer; or none
+    input_conv: int | None = None  # the same after the embedding
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -87,7 +90,7 @@ class Mixer:
 class Optimizer:
     "How the weights are found."
 
-    epochs: int = 15  # passes over the training set
+    epochs: int = 15  # passes over the training set; see epoch_size
     batch_size: int = 64  # sequences per step, over all processes
     # parts of a step, one after the other: less memory; batch norm sees each alone
     accumulate: int = 1
@@ -97,17 +100,29 @@ class Optimizer:
     schedule: Literal["cosine", "constant", "plateau"] = "cosine"  # after the warm-up
     warmup: float = 0.1  # share of all steps over which the rate rises
     patience: int = 3  # plateau: epochs without a better score before a halving
+    label_smoothing: float = 0.0  # share of every label that all classes get alike
+    # decay of a moving average of the weights, which then is what is tested; 0: none
+    ema: float = 0.0
+    early_epochs: int = 0  # first epochs whose batches are of early_batch_size
+    early_batch_size: int | None = None  # sequences per step in the early epochs
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "early_batch_size"):
             _check_number(self, name, 1)
+        if (self.early_epochs > 0) != (self.early_batch_size is not None):
+            raise ValueError("early_epochs and early_batch_size need each other")
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1; got {getattr(self, name)}"
+                )
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate must be at most batch_size, {self.batch_size}; got "
                 f"{self.accumulate}"
             )
-        for name in ("patience", "weight_decay", "warmup"):
+        for name in ("patience", "weight_decay", "warmup", "early_epochs"):
             _check_number(self, name, 0)
         for name in ("lr", "clip"):
             _check_number(self, name, 0, above=True)
@@ -130,10 +145,17 @@ class Data:
     sample: bool = False  # train on the small set of `las data --sample`
     share: float = 1.0  # of the training set; an epoch keeps its number of steps
     length: int | None = None  # steps per sequence, in tasks that let one choose
+    # training sequences per epoch, for a look between two passes; none = all of them
+    epoch_size: int | None = None
+    # what changes training sequences but not their answers, such as shift+mirror
+    augment: str | None = None
+    coarse_epochs: int = 0  # first epochs at half resolution, in tasks of pictures
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_number(self, "limit", 1)
+        _check_number(self, "epoch_size", 1)
+        _check_number(self, "coarse_epochs", 0)
         if not 0 < self.share <= 1:
             raise ValueError(
                 f"share must lie above 0 and be at most 1; got {self.share}"
@@ -383,6 +405,14 @@ class Experiments(Work):
 
     # list, run, or migrate: take over records of earlier versions
     action: Literal["list", "run", "migrate"]
+
+
+@dataclass
+class Race(Work):
+    "Train the rows of a race, and say which was first at its goals."
+
+    rows: str  # a TOML file, such as nbs/grids/race.toml
+    action: Literal["run", "list", "show"] = "run"  # show what is there
 
 
 @dataclass

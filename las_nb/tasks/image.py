@@ -10,6 +10,7 @@ import contextlib, io, os, tempfile
 from pathlib import Path
 from typing import Any
 from .._util import DataError
+from .augment import coarse, mirror, shift
 from ._files import alone, download, encoded, made_or_official
 from .arena import ARENA, refuse_size
 from .sequences import Sequences
@@ -166,5 +167,13 @@ def _stripes(n: int, r: Any) -> tuple[Any, Any]:  # `(n, 1024)`, `(n,)`
 # %% ../../nbs/image.ipynb #c7c1996e
 register_task(
     "image",
-    Task(image, 10, in_features=1, make=_make_image, presets=ARENA["image"]),
+    Task(
+        image,
+        10,
+        in_features=1,
+        make=_make_image,
+        augments=dict(shift=shift(), mirror=mirror),
+        coarse=coarse,
+        presets=ARENA["image"],
+    ),
 )

@@ -16,6 +16,7 @@ __all__ = [
     "to_tokens",
     "read_listops",
     "listops",
+    "shuffle_arguments",
     "root_operator",
     "root_and_digits",
 ]
@@ -30,7 +31,7 @@ from typing import Any, Callable, Iterable, Iterator
 from .._util import DataError
 from ._files import encoded, in_parallel, made_or_official
 from .arena import ARENA, unpacked_first
-from .sequences import Sequences
+from .sequences import Batch, Sequences
 from .task import Task, register_task
 
 # %% ../../nbs/19_listops.ipynb #ed718418
@@ -313,6 +314,31 @@ def listops(
     return encoded(list(files.values()), rows, source)
 
 
+# %% ../../nbs/19_listops.ipynb #115700f2
+def _shuffled(tokens: list[int], source: random.Random) -> list[int]:
+    "One list, with its end mark and padding, and other orders of arguments."
+    opened: list[list[list[int]]] = [[]]
+    for token in tokens:
+        if token >= 13:  # an operator
+            opened.append([[token]])
+        elif token == 2:  # closed: one argument more for the operator around it
+            operator, *arguments = opened.pop()
+            source.shuffle(arguments)
+            opened[-1].append(sum(arguments, operator) + [2])
+        else:
+            opened[-1].append([token])
+    return [token for part in opened[0] for token in part]
+
+
+def shuffle_arguments(batch: Batch, generator: torch.Generator) -> Batch:
+    "ListOps with the arguments of every operator in a random order."
+    seed = torch.randint(2**62, (1,), generator=generator).item()
+    source = random.Random(seed)
+    found = [_shuffled(tokens, source) for tokens in batch.inputs.tolist()]
+    inputs = torch.tensor(found, dtype=batch.inputs.dtype, device=batch.inputs.device)
+    return batch._replace(inputs=inputs)
+
+
 # %% ../../nbs/19_listops.ipynb #26959e0b
 def root_operator(split: Sequences) -> torch.Tensor:  # `(n,)`
     "The first token of every list: a model near 37 % need have read no more."
@@ -359,6 +385,7 @@ register_task(
             "root operator": root_operator,
             "root and its digits": root_and_digits,
         },
+        augments=dict(shuffle=shuffle_arguments),
         presets=ARENA["listops"],
     ),
 )

@@ -10,6 +10,7 @@ import gzip, os, socket, tempfile
 import torch
 from pathlib import Path
 from .._util import DataError
+from .augment import coarse, shift
 from .sequences import Batch, hold_out, shuffled
 from .task import Task, register_task
 
@@ -105,6 +106,7 @@ def mnist(
 # %% ../../nbs/mnist.ipynb #0d1811b0
 # for all of MNIST without a GPU: hours of one core
 CPU = dict(dim=64, batch_size=32, lr=3e-3, epochs=6)
+_BLACK = -0.1307 / 0.3081
 register_task(
     "smnist",
     Task(
@@ -112,6 +114,8 @@ register_task(
         10,
         in_features=1,
         max_len=784,
+        augments=dict(shift=shift(_BLACK)),
+        coarse=coarse,
         presets=dict(cpu=CPU),
     ),
 )

@@ -44,6 +44,10 @@ class Task(NamedTuple):
     readers: dict[str, Callable[..., torch.Tensor]] = {}
     # split -> what a reader without fault answers `(n,)`; None where nobody knows
     perfect: Callable[..., torch.Tensor] | None = None
+    # name -> (batch, generator) -> another batch with the same answers
+    augments: dict[str, Callable[..., Batch]] = {}
+    # a batch -> the same at half the resolution, where there is one
+    coarse: Callable[[Batch], Batch] | None = None
     # name -> settings of a Recipe, see las_nb.train
     presets: dict[str, dict[str, Any]] = {}
 

@@ -17,6 +17,8 @@ __all__ = [
     "plateau_drops",
     "parameter_groups",
     "share_loss",
+    "moving_average",
+    "batch_size",
     "best_precision",
     "TrainingError",
     "NotFinite",
@@ -31,6 +33,8 @@ __all__ = [
     "load_run",
     "score",
     "attention_entropy",
+    "UNIT",
+    "unit_of_work",
 ]
 
 # %% ../../nbs/room_train.ipynb #4a1e1787
@@ -39,11 +43,11 @@ from ..settings import Recipe
 from .recipe import identity, preset, presets, PRESETS
 from .recipe import run_name, command_line, build, load_data
 from .optim import learning_rate, plateau_drops, parameter_groups
-from .optim import best_precision, share_loss
+from .optim import batch_size, best_precision, moving_average, share_loss
 from .checkpoint import NotFinite, InUse, CannotWrite
 from .checkpoint import checkpoints, save_checkpoint, load_checkpoint
 from .loop import Trainer, train, load_run
-from .loop import score, attention_entropy
+from .loop import UNIT, score, attention_entropy, unit_of_work
 
 # %% ../../nbs/room_train.ipynb #4fb84778
 _all_ = [
@@ -60,6 +64,8 @@ _all_ = [
     "plateau_drops",
     "parameter_groups",
     "share_loss",
+    "moving_average",
+    "batch_size",
     "best_precision",
     "TrainingError",
     "NotFinite",
@@ -74,4 +80,6 @@ _all_ = [
     "load_run",
     "score",
     "attention_entropy",
+    "UNIT",
+    "unit_of_work",
 ]

@@ -8,13 +8,15 @@ __all__ = [
     "plateau_drops",
     "parameter_groups",
     "share_loss",
+    "moving_average",
+    "batch_size",
     "best_precision",
 ]
 
 # %% ../../nbs/optim.ipynb #9449fdba
 import math, os
 import torch, torch.nn.functional as F
-from typing import Any
+from typing import Any, Callable
 from ..settings import Optimizer
 
 
@@ -80,9 +82,38 @@ def share_loss(
     labels: torch.Tensor,  # `(b,)`
     whole: int,  # sequences in the batch, over all processes
     world: int = 1,  # processes; gradients are averaged over them
+    smoothing: float = 0.0,  # share of every label that all classes get alike
 ) -> torch.Tensor:  # the mean over processes is the mean over the batch
     "Cross-entropy (nats) of one process's share of a batch."
-    return F.cross_entropy(logits.float(), labels, reduction="sum") * (world / whole)
+    options = dict(reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(logits.float(), labels, **options) * (world / whole)
+
+
+# %% ../../nbs/optim.ipynb #0b71a002
+def moving_average(
+    decay: float,  # of what is remembered, per step; near 1
+) -> Callable[..., None]:  # for torch's AveragedModel, as its `multi_avg_fn`
+    "An exponential mean of weights and statistics; the first steps are forgotten."
+
+    def move(means: Any, now: Any, steps: torch.Tensor) -> None:
+        share = 1 - min(decay, (1 + steps.item()) / (10 + steps.item()))
+        if means[0].is_floating_point():
+            torch._foreach_lerp_(means, now, share)
+        else:  # such as the batches that a norm has counted
+            torch._foreach_copy_(means, now)
+
+    return move
+
+
+# %% ../../nbs/optim.ipynb #0b71a005
+def batch_size(
+    settings: Optimizer,  # of a recipe
+    epoch: int,  # from 0
+) -> int:  # sequences per step, over all processes
+    "Larger, or smaller, in the early epochs of a recipe that has some."
+    if settings.early_batch_size and epoch < settings.early_epochs:
+        return settings.early_batch_size
+    return settings.batch_size
 
 
 # %% ../../nbs/optim.ipynb #41922a0b

@@ -6,6 +6,7 @@
 __all__ = [
     "PRESETS",
     "check",
+    "augments",
     "presets",
     "preset",
     "run_name",
@@ -21,7 +22,7 @@ __all__ = [
 import hashlib, inspect, json
 import torch
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 from .._util import check_choice, nearest
 from ..mixers import MIXERS, check_mixer, mixer_options
 from ..model import LaSTransformer
@@ -40,10 +41,28 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"{recipe.task} has sequences of its own length: leave length out"
         )
+    if recipe.data.coarse_epochs and TASKS[recipe.task].coarse is None:
+        raise ValueError(
+            f"{recipe.task} has no form at half resolution: leave coarse_epochs out"
+        )
+    augments(recipe)
     _mixer_arguments(recipe)
 
 
 # %% ../../nbs/recipe.ipynb #9f18afdf
+def augments(
+    recipe: Recipe,
+) -> list[Callable[..., Batch]]:  # of a batch and a generator
+    "What changes training sequences; raises `ValueError` for unknown names."
+    known = TASKS[recipe.task].augments
+    names = recipe.data.augment.split("+") if recipe.data.augment else []
+    for name in names:
+        if not known:
+            raise ValueError(f"{recipe.task} has no augmentations: leave augment out")
+        check_choice("augment", name, tuple(known))
+    return [known[name] for name in names]
+
+
 # settings that only LaS has
 _LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
     "dim",
@@ -183,14 +202,30 @@ def read_command(
 
 
 # %% ../../nbs/recipe.ipynb #cfd04a9a
+_LATER = dict(
+    model=("conv", "input_conv"),
+    optimizer=(
+        "accumulate",
+        "label_smoothing",
+        "ema",
+        "early_epochs",
+        "early_batch_size",
+    ),
+    data=("epoch_size", "augment", "coarse_epochs"),
+)
+
+
 def identity(
     recipe: Recipe,
 ) -> str:  # 12 hexadecimal digits
     "What runs of the same settings, and only they, have in common."
     said = stored(recipe)
-    # a later setting: runs that do not use it stay what they were
-    if said["optimizer"]["accumulate"] == 1:
-        del said["optimizer"]["accumulate"]
+    # later settings: runs that do not use them stay what they were
+    for group, names in _LATER.items():
+        usual = vars(type(getattr(recipe, group))())
+        for name in names:
+            if said[group][name] == usual[name]:
+                del said[group][name]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
