@@ -120,6 +120,7 @@ def _short(dim: int, width: int | None) -> nn.Module:
     return nn.Identity() if width is None else ShortConvolution(dim, width)
 
 
+# %% ../nbs/06_model.ipynb #3a5795cf
 class Block(nn.Module):
     "A mixer of positions, then a feed-forward network, each with a residual and norm."
 

@@ -35,13 +35,13 @@ def core_minutes(
     fair: bool = False,  # on a core that does the unit of work in UNIT seconds?
 ) -> float | None:  # None where the goal was not reached
     "Minutes of one core until the first epoch that ended above a goal."
-    curve = record["curve"]
-    reached = [valid >= goal for valid in curve["valid"]]
-    if True not in reached or len(curve.get("cpu", [])) < len(reached):
+    reached = [valid >= goal for valid in record["curve"]["valid"]]
+    cost = record.get("cost", {})
+    if True not in reached or len(cost.get("seconds", [])) < len(reached):
         return None
-    seconds = curve["cpu"][reached.index(True)]
+    seconds = cost["seconds"][reached.index(True)]
     if fair:
-        seconds *= UNIT / statistics.median(curve["unit"])
+        seconds *= UNIT / statistics.median(cost["unit"])
     return seconds / 60
 
 
@@ -52,7 +52,7 @@ _ENTRIES = ("imports", "goals", "seeds", "all", "rows")
 def read_race(
     path: str | Path,  # a TOML file, such as nbs/grids/race.toml
 ) -> tuple[dict[str, dict[str, Any]], tuple[float, ...]]:
-    """ "race/row-seed" -> arguments of preset, seeds outermost; and the goals (percent).
+    """Run ("race/row-seed") -> arguments of preset, seeds outermost; goals (percent).
 
     Raises `ValueError` for a file that cannot be read or asks for what does not
     exist."""
@@ -97,6 +97,7 @@ def race_records(
     return found
 
 
+# %% ../nbs/race.ipynb #4ace0016
 def _minutes(group: list[dict[str, Any]], goal: float) -> str:
     "Core-minutes to a goal, and what they are on any machine; means over the seeds."
     times = [core_minutes(r, goal) for r in group]

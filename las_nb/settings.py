@@ -137,6 +137,7 @@ class Optimizer:
         return math.ceil(self.batch_size / self.accumulate)
 
 
+# %% ../nbs/settings.ipynb #1b1b95f8
 @dataclass
 class Data:
     "What is read."

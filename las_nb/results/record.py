@@ -47,6 +47,7 @@ class Record(TypedDict, total=False):
     curve: dict[
         str, list[float]
     ]  # by epoch: loss (nats), train, valid (%), norm, worst
+    cost: dict[str, list[float]]  # by epoch: seconds of one core so far, unit of work
     test: float  # accuracy in percent; an unfinished run has none
     valid: float  # the same, on held-out sequences, after the last epoch
     trivial: dict[str, float]  # percent that readers get who do not read

@@ -53,9 +53,9 @@ class _RunState:
     epoch: int  # epochs done
     step: int  # steps done in this epoch
     checked: int  # batches done of an evaluation under way
-    # by epoch: loss, train, valid, norm, worst, cpu (seconds so far, as cpu_seconds),
-    # unit (seconds of one core that a fixed computation takes; see unit_of_work)
-    curve: dict[str, list[float]]
+    curve: dict[str, list[float]]  # by epoch: loss, train, valid, norm, worst
+    # by epoch: seconds (of one core, so far), unit (of work, see unit_of_work)
+    cost: dict[str, list[float]]
     sums: torch.Tensor  # `(7,)`, of this epoch so far; see learn
     seconds: float  # of training
     cpu_before: float  # seconds of one core before this process; see cpu_seconds
@@ -301,16 +301,14 @@ def prepare(self: Trainer, root: str | Path | None) -> None:
 
 
 # %% ../../nbs/18_train.ipynb #bdc9796e
-_BY_EPOCH = ("loss", "train", "valid", "norm", "worst", "cpu", "unit")
-
-
 @patch
 def begin(self: Trainer) -> None:
     "The state of a run that has done nothing yet."
     self.epoch, self.step, self.checked = 0, 0, 0
     self.seconds, self.cpu_before = 0.0, -time.process_time()
     self.tokens, self.peak = 0, 0
-    self.curve = {name: [] for name in _BY_EPOCH}
+    self.curve = dict(loss=[], train=[], valid=[], norm=[], worst=[])
+    self.cost = dict(seconds=[], unit=[])
     self.commits, self.devices, self.precisions = [], [], []
     self.signal, self.asked = None, 0
     wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -389,6 +387,7 @@ def save(self: Trainer) -> None:
             sums=[loss, hits, 0, tokens, right, norm, worst],
             checked=self.checked,
             curve=self.curve,
+            cost=self.cost,
             seconds=self.seconds,
             cpu_seconds=self.cpu_seconds,
             tokens=self.tokens,
@@ -463,8 +462,7 @@ def restore(self: Trainer, folder: Path) -> None:
         ):
             setattr(self, name, facts[name])
         self.cpu_before += facts.get("cpu_seconds", 0.0)  # older checkpoints have none
-        for name in _BY_EPOCH:
-            self.curve.setdefault(name, [])
+        self.cost = facts.get("cost", self.cost)  # nor have they this
         if self.rank == 0:
             self.sums += torch.tensor(
                 facts["sums"], dtype=self.sums.dtype, device=self.device
@@ -531,6 +529,7 @@ def altered(self: Trainer, batch: Batch, generator: torch.Generator) -> Batch:
     return batch
 
 
+# %% ../../nbs/18_train.ipynb #0d1fe659
 @patch
 def learn(self: Trainer, batch: Batch) -> None:
     "One step of AdamW on this process's share of a batch."
@@ -791,10 +790,10 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
                     valid=valid,
                     norm=norm,
                     worst=worst,
-                    cpu=self.cpu_seconds,
-                    unit=unit_of_work(),
                 ).items():
                     self.curve[key].append(value)
+                self.cost["seconds"].append(self.cpu_seconds)
+                self.cost["unit"].append(unit_of_work())
                 self.log({"valid accuracy (%)": valid})
                 self.tokens += tokens
                 self.sums = torch.zeros_like(self.sums)
@@ -921,6 +920,7 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
         params=count_parameters(self.model),
         epochs=r.optimizer.epochs,
         curve=self.curve,
+        cost=self.cost,
         valid=self.curve["valid"][-1],
         seconds_per_epoch=self.seconds / self.epoch,
         cpu_seconds=self.cpu_seconds,
