@@ -36,8 +36,8 @@ def stored(name):
     )[0]
 
 
-def expected(data, alpha, window, order, centred):
-    s, i = torch.tensor(data["scores"], dtype=torch.float64), data["query"]
+def expected(data, alpha, window, order, centred, mean=0.0):
+    s, i = torch.tensor(data["scores"], dtype=torch.float64) + mean, data["query"]
     e = (s * locality_kernel(torch.tensor([alpha], dtype=torch.float64), len(s))[0, i])[
         None
     ]
@@ -61,6 +61,15 @@ def test_row_follows_the_keyboard_and_the_library(page):
     for _ in range(5):
         page.keyboard.press("ArrowRight")
     assert rate.get_attribute("aria-valuetext") == "0.30"
+    mean = figure.locator("[name=mean]")
+    mean.focus()
+    for key, value in (("ArrowLeft", -1.5), ("ArrowRight", 1.5)):
+        for _ in range(3 if value < 0 else 6):
+            page.keyboard.press(key)
+        want = expected(data, 0.3, 3, "scores", False, value)
+        torch.testing.assert_close(weights(figure), want)
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
     torch.testing.assert_close(weights(figure), expected(data, 0.3, 3, "scores", False))
     window.focus()
     for _ in range(2):
@@ -101,7 +110,7 @@ def test_tab_reaches_every_control(page):
             )
         )
         page.keyboard.press("Tab")
-    assert len(seen - {""}) == count == 7
+    assert len(seen - {""}) == count == 8
 
 
 def test_cost_reads_the_measurements(page):

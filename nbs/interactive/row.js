@@ -16,6 +16,7 @@ function lasRow(scores, i, alpha, W, order, centred) {
 function row(root, data) {
   const {form, svg, words} = stage(root, 680, 330, "The locality kernel above, one row of attention weights below");
   const alpha = slider(form, "alpha", "decay rate α", {min: 0, max: 1, step: .02, value: .2});
+  const mean = slider(form, "mean", "mean score", {min: -6, max: 6, step: .5, value: 0});
   const W = slider(form, "window", "window W", {min: 1, max: 9, step: 1, value: 3});
   const order = choice(form, "order", "average", [["scores", "scores"], ["weights", "weights"]], "scores");
   const centred = choice(form, "side", "window", [["back", "looks back"], ["centred", "centred"]], "back");
@@ -24,9 +25,10 @@ function row(root, data) {
 
   function draw() {
     const a = +alpha.input.value, w = +W.input.value, middle = centred() === "centred";
-    alpha.show(a.toFixed(2)); W.show(`${w}`);
-    const weights = lasRow(scores, i, a, w, order(), middle), plain = lasRow(scores, i, 0, 1, "scores", false);
-    const moved = lasRow(other, i, a, w, order(), middle).reduce((sum, v, j) => sum + Math.abs(v - weights[j]), 0) / 2;
+    const c = +mean.input.value, raised = list => list.map(s => s + c);
+    alpha.show(a.toFixed(2)); mean.show(c.toFixed(1)); W.show(`${w}`);
+    const weights = lasRow(raised(scores), i, a, w, order(), middle), plain = lasRow(scores, i, 0, 1, "scores", false);
+    const moved = lasRow(raised(other), i, a, w, order(), middle).reduce((sum, v, j) => sum + Math.abs(v - weights[j]), 0) / 2;
     const ahead = weights.slice(i + 1).reduce((sum, v) => sum + v, 0), leaks = moved > 1e-9 || ahead > 1e-9;
     svg.replaceChildren();
     const ticks = [0, 8, 16, 24, L - 1].map(j => [j, `${j}`]);
