@@ -56,20 +56,23 @@ def hyena_kernel(
     n_kernels: int,  # how many; decay spreads from slow (first) to fast (last)
     L: int,  # kernel length; the decay is relative to it
     width: int = 16,  # width of the MLP
+    features: int = 3,  # that tell the time: itself, and cosines and sines of it
+    frequency: float = 1.0,  # of the sines in the MLP
 ) -> torch.Tensor:  # `(n_kernels, L)`, float64
     """Hyena's implicit filters at initialisation (Poli et al. 2023, arXiv 2302.10866;
     `hyena.py` of HazyResearch/safari)."""
     t = torch.linspace(0, 1, L, dtype=torch.float64)[:, None]  # (L, 1)
-    # one slow band, as the original's default
-    w = 2 * math.pi * torch.arange(L, dtype=torch.float64)[:, None] / L * 1e-4
-    z = torch.cat([t, w.cos(), -w.sin()], -1)  # (L, 3)
+    # with three features one slow band, as the original's default
+    bands = torch.linspace(1e-4, features // 2 - 1, features // 2, dtype=torch.float64)
+    w = 2 * math.pi * torch.arange(L, dtype=torch.float64)[:, None] / L * bands
+    z = torch.cat([t, w.cos(), -w.sin()], -1)  # (L, features)
 
     class Sin(nn.Module):
         def forward(self, x):
-            return x.sin()
+            return (frequency * x).sin()
 
     mlp = nn.Sequential(
-        nn.Linear(3, width),
+        nn.Linear(features, width),
         Sin(),
         nn.Linear(width, width),
         Sin(),
