@@ -485,7 +485,7 @@ class LaSTransformer(Encoder):
         n_heads: int = 8,  # heads per block
         vocab: int | None = None,  # number of different tokens, for token inputs
         in_features: int | None = None,  # values per position, for value inputs
-        # None, "sinusoidal", "learned" or, in some mixers, "rotary"; LaS needs none
+        # None, "sinusoidal", "learned" or, in some mixers, "rotary"; LaS can do without
         positions: str | None = None,
         norm: str = "layer",  # "layer" or "batch"
         prenorm: bool = True,  # pre-norm or post-norm blocks

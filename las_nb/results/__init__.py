@@ -11,6 +11,7 @@ __all__ = [
     "judge",
     "mean_range",
     "paired_difference",
+    "adjusted_p",
     "table",
     "score_table",
     "full_table",
@@ -30,7 +31,7 @@ __all__ = [
 # %% ../../nbs/room_results.ipynb #92a4dde8
 from .record import load_results, kind_of, groups, expected
 from .record import judge
-from .stats import mean_range, paired_difference
+from .stats import adjusted_p, mean_range, paired_difference
 from .tables import table, score_table, full_table, compare_table
 from .tables import averages, arena_scores, TITLES, arena_table
 from .plots import plot_curves, plot_maps, plot_summary, FAMILIES
@@ -45,6 +46,7 @@ _all_ = [
     "judge",
     "mean_range",
     "paired_difference",
+    "adjusted_p",
     "table",
     "score_table",
     "full_table",
