@@ -76,6 +76,8 @@ class Mixer:
     tol: float | None = None  # error allowed for far keys; none = by dtype
     score_bound: float | None = None  # no score is larger; none = measured
     chunk: int | None = None  # block length of LaS-chunk; none = attention everywhere
+    # decay rates are divided by it: for sequences longer than those of training
+    stretch: float = 1.0
     # arguments of other mixers: --mixer.n_state 16, or all at once
     options: dict[str, int | float | bool | str | None] = field(default_factory=dict)
 
@@ -438,6 +440,8 @@ class Lengths:
     only: str = "*-0"  # pattern of the runs' names
     # that are read for each length: longer sequences, fewer of them (10 to 500)
     tokens: int = 200_000
+    # divide the rates of LaS by the length over that of training
+    stretch: bool = False
     name: str = "lengths"  # of the results file
     results: str = "runs/results"  # its folder
     cpu: bool = False  # leave the GPU alone

@@ -6,7 +6,7 @@
 __all__ = ["SelfAttention", "frozen", "LaSAttention"]
 
 # %% ../../nbs/layer.ipynb #6c7edeea
-import functools
+import functools, math
 import torch
 from typing import Any
 from fastcore.basics import patch
@@ -132,7 +132,11 @@ class LaSAttention(SelfAttention):
         score_bound: float | tuple[float, ...] | None = None,
         # block length of LaS-chunk; None = attention everywhere
         chunk: int | None = None,
+        # rates are divided by it: L / L_train reads longer sequences than in training
+        stretch: float = 1.0,
     ):
+        if not 0 < stretch < math.inf:
+            raise ValueError(f"stretch must be a number above 0; got {stretch!r}")
         # numbers, even where weights are to have none yet (device "meta")
         with torch.device("cpu"):
             rates = exact_rates(n_heads, max_rate, spacing)
@@ -143,7 +147,7 @@ class LaSAttention(SelfAttention):
         super().__init__(dim, n_heads, causal)
         self.window, self.pool, self.method = frozen(window), pool, method
         self.tol, self.score_bound, self.chunk = tol, frozen(score_bound), chunk
-        self.plain_rates = rates
+        self.plain_rates = tuple(rate / stretch for rate in rates)
 
     @property
     def rates(self) -> torch.Tensor:  # `(H,)`, float32 at least

@@ -46,7 +46,7 @@ def adjusted_p(
     scores: dict[str, dict[int, float]],  # label -> seed -> score
     reference: str,  # the label that the others are compared with
 ) -> dict[str, float]:  # label -> p-value, Holm's; 1 where no two seeds are in common
-    "Two-sided p-values of the paired differences to a reference, for all of them at once."
+    "Two-sided p-values of paired differences to a reference, for all at once."
     from scipy.stats import ttest_1samp
 
     found = {}

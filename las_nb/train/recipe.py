@@ -204,6 +204,7 @@ def read_command(
 # %% ../../nbs/recipe.ipynb #cfd04a9a
 _LATER = dict(
     model=("conv", "input_conv"),
+    mixer=("stretch",),
     optimizer=(
         "accumulate",
         "label_smoothing",
