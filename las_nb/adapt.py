@@ -92,7 +92,7 @@ def las_step(
     n, L = q.shape[-2], k.shape[-2]
     q, k, v = one_dtype(q, k, v)
     if not isinstance(rates, torch.Tensor):
-        rates = torch.tensor(rates, dtype=torch.float64)
+        rates = torch.tensor(rates, dtype=torch.float64, device="cpu")
     check_rates(rates, q.shape[1])
     j = torch.arange(L, device=q.device)
     if lengths is None:
