@@ -485,12 +485,23 @@ def _documents_of(
     return ends
 
 
-def _refuse_hidden(name: str, wishes: dict[str, Any], n: int, L: int) -> None:
+def _refuse_hidden(
+    name: str,  # of the layer
+    wishes: dict[str, Any],  # its further keywords
+    n: int,  # number of queries, the newest tokens
+    real: torch.Tensor | None,  # `(B, tokens so far)`; None = all are real
+) -> None:
     "Raise `ValueError` for packed rows that no mask tells of."
     at = wishes.get("position_ids")
-    if not isinstance(at, torch.Tensor) or at.device.type != "cpu" or n != L:
+    if not isinstance(at, torch.Tensor) or at.device.type != "cpu":
         return
-    if at.ndim == 2 and at.shape[1] == n and bool((at.diff(dim=1) < 0).any()):
+    if at.ndim != 2 or at.shape[1] != n:
+        return
+    anew = at.diff(dim=1) < 0  # (1 or B, n - 1)
+    if real is not None:  # positions of padding may be anything
+        real = real[:, -n:].bool()
+        anew = anew & real[:, 1:] & real[:, :-1]
+    if bool(anew.any()):
         raise ValueError(
             f"{name} has position_ids that start anew, packed documents, and no mask "
             "that tells them apart: call the model with use_cache=False and no mask"
@@ -541,9 +552,8 @@ def _attention_of(
             if found is not None and (ends is None or torch.equal(ends, found)):
                 mask, ends = None, found
         _refuse_more(module, mask, kwargs | dict(dropout=dropout))
-        if mask is None and ends is None and not torch.compiler.is_compiling():
-            sizes = query.shape[2], key.shape[2]
-            _refuse_hidden(type(module).__name__, kwargs, *sizes)
+        if ends is None and not torch.compiler.is_compiling():
+            _refuse_hidden(type(module).__name__, kwargs, query.shape[2], mask)
         if mask is not None and mask.ndim == 0:
             mask, packed = None, ~mask if ends is None else None
         # a fixed-size cache has empty places

@@ -533,3 +533,29 @@ def test_compiled_and_exported_models():
 def test_a_window_that_is_trained_is_refused():
     with pytest.raises(ValueError, match="trained"):
         register_las("hf-learned", window=torch.ones(2, requires_grad=True))
+
+
+@pytest.mark.parametrize("how", ["right", "left", "static", "in pieces"])
+def test_packed_rows_are_refused_beside_padding_and_in_every_cache(how):
+    model, x = build(), noise()
+    model.set_attn_implementation("hf-scores")
+    at, call = (torch.arange(L) % 5).expand(2, -1), {}
+    if how in ("right", "left"):
+        call = dict(attention_mask=padding(how), use_cache=False)
+    elif how == "static":
+        call = dict(past_key_values=caches(model)["static"])
+    else:
+        past = model(x[:, :3], use_cache=True).past_key_values
+        x, at, call = x[:, 3:], at[:, 3:], dict(past_key_values=past)
+    with pytest.raises(ValueError, match="start anew"):
+        model(x, position_ids=at, **call)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_padding_may_be_anything(side):
+    model, real = build(), padding(side)
+    model.set_attn_implementation("hf-scores")
+    at = (real.cumsum(1) - 1).masked_fill(real == 0, 1)
+    got = model(noise(), attention_mask=real, position_ids=at, use_cache=False).logits
+    alone = model(noise()[:1, real[0].bool()], use_cache=False).logits
+    torch.testing.assert_close(got[:1, real[0].bool()], alone, atol=1e-4, rtol=1e-4)
