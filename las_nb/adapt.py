@@ -252,8 +252,8 @@ def _has_table(config: type) -> bool:
     return model is None or any(getattr(model, f"_supports_{w}", False) for w in ways)
 
 
-# the last configuration (weakly) that asked for a mask, and: a causal one?
-_LAST_ASKED: list[Any] = [None, None]
+# id of a configuration -> itself (weakly), and: did it ask for a causal mask last?
+_ASKED: dict[int, tuple[Any, bool]] = {}
 
 
 # %% ../nbs/21_adapt.ipynb #c0de2177
@@ -297,7 +297,8 @@ def _padding_mask(
             return asked
         return (asked == known.sdpa_mask(*sizes, **options)).all()
     config = kwargs.get("config")
-    _LAST_ASKED[:] = [None if config is None else weakref.ref(config), causal]
+    if config is not None:
+        _ASKED[id(config)] = weakref.ref(config), causal
     # its layers call themselves bidirectional
     differs = causal and getattr(config, "use_bidirectional_attention", False)
     if differs and compiling:
@@ -346,7 +347,7 @@ def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
     own = getattr(module, "is_causal", None)
     config = getattr(module, "config", None)
     if asked is None and own is None:
-        known, causal = _LAST_ASKED
+        known, causal = _ASKED.get(id(config), (None, True))
         return causal if known is not None and known() is config else True
     if asked is None:
         return own is not False

@@ -559,3 +559,26 @@ def test_positions_of_padding_may_be_anything(side):
     got = model(noise(), attention_mask=real, position_ids=at, use_cache=False).logits
     alone = model(noise()[:1, real[0].bool()], use_cache=False).logits
     torch.testing.assert_close(got[:1, real[0].bool()], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_computed_anew_is_what_was_computed():
+    "Gradient checkpointing, with another model called in between."
+    sizes = SIZES | dict(num_key_value_heads=None, attention_probs_dropout_prob=0)
+    sizes |= dict(hidden_dropout_prob=0)
+    other, found = build(), []
+    other.set_attn_implementation("hf-scores")
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        model = tf.AlignTextModel(tf.AlignTextConfig(**sizes)).train()
+        model.set_attn_implementation("hf-scores")
+        if reentrant is not None:
+            how = dict(use_reentrant=reentrant)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        embedded = model.get_input_embeddings()(noise())
+        out = model(inputs_embeds=embedded)[0]
+        other(noise())
+        out.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for again in found[1:]:
+        for x, y in zip(again, found[0], strict=True):
+            torch.testing.assert_close(x, y)
