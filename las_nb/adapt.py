@@ -486,6 +486,7 @@ def _documents_of(
     return ends
 
 
+# %% ../nbs/21_adapt.ipynb #c0ffee78
 def _refuse_hidden(
     name: str,  # of the layer
     wishes: dict[str, Any],  # its further keywords
