@@ -92,7 +92,7 @@ def las_step(
     n, L = q.shape[-2], k.shape[-2]
     q, k, v = one_dtype(q, k, v)
     if not isinstance(rates, torch.Tensor):
-        rates = torch.tensor(rates, dtype=torch.float64)
+        rates = torch.tensor(rates, dtype=torch.float64, device="cpu")
     check_rates(rates, q.shape[1])
     j = torch.arange(L, device=q.device)
     if lengths is None:
@@ -252,8 +252,8 @@ def _has_table(config: type) -> bool:
     return model is None or any(getattr(model, f"_supports_{w}", False) for w in ways)
 
 
-# the last configuration (weakly) that asked for a mask, and: a causal one?
-_LAST_ASKED: list[Any] = [None, None]
+# id of a configuration -> itself (weakly), and: did it ask for a causal mask last?
+_ASKED: dict[int, tuple[Any, bool]] = {}
 
 
 # %% ../nbs/21_adapt.ipynb #c0de2177
@@ -297,7 +297,8 @@ def _padding_mask(
             return asked
         return (asked == known.sdpa_mask(*sizes, **options)).all()
     config = kwargs.get("config")
-    _LAST_ASKED[:] = [None if config is None else weakref.ref(config), causal]
+    if config is not None:
+        _ASKED[id(config)] = weakref.ref(config), causal
     # its layers call themselves bidirectional
     differs = causal and getattr(config, "use_bidirectional_attention", False)
     if differs and compiling:
@@ -346,7 +347,7 @@ def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
     own = getattr(module, "is_causal", None)
     config = getattr(module, "config", None)
     if asked is None and own is None:
-        known, causal = _LAST_ASKED
+        known, causal = _ASKED.get(id(config), (None, True))
         return causal if known is not None and known() is config else True
     if asked is None:
         return own is not False
@@ -485,12 +486,24 @@ def _documents_of(
     return ends
 
 
-def _refuse_hidden(name: str, wishes: dict[str, Any], n: int, L: int) -> None:
+# %% ../nbs/21_adapt.ipynb #c0ffee78
+def _refuse_hidden(
+    name: str,  # of the layer
+    wishes: dict[str, Any],  # its further keywords
+    n: int,  # number of queries, the newest tokens
+    real: torch.Tensor | None,  # `(B, tokens so far)`; None = all are real
+) -> None:
     "Raise `ValueError` for packed rows that no mask tells of."
     at = wishes.get("position_ids")
-    if not isinstance(at, torch.Tensor) or at.device.type != "cpu" or n != L:
+    if not isinstance(at, torch.Tensor) or at.device.type != "cpu":
         return
-    if at.ndim == 2 and at.shape[1] == n and bool((at.diff(dim=1) < 0).any()):
+    if at.ndim != 2 or at.shape[1] != n:
+        return
+    anew = at.diff(dim=1) < 0  # (1 or B, n - 1)
+    if real is not None:  # positions of padding may be anything
+        real = real[:, -n:].bool()
+        anew = anew & real[:, 1:] & real[:, :-1]
+    if bool(anew.any()):
         raise ValueError(
             f"{name} has position_ids that start anew, packed documents, and no mask "
             "that tells them apart: call the model with use_cache=False and no mask"
@@ -541,9 +554,8 @@ def _attention_of(
             if found is not None and (ends is None or torch.equal(ends, found)):
                 mask, ends = None, found
         _refuse_more(module, mask, kwargs | dict(dropout=dropout))
-        if mask is None and ends is None and not torch.compiler.is_compiling():
-            sizes = query.shape[2], key.shape[2]
-            _refuse_hidden(type(module).__name__, kwargs, *sizes)
+        if ends is None and not torch.compiler.is_compiling():
+            _refuse_hidden(type(module).__name__, kwargs, query.shape[2], mask)
         if mask is not None and mask.ndim == 0:
             mask, packed = None, ~mask if ends is None else None
         # a fixed-size cache has empty places

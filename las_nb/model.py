@@ -351,6 +351,12 @@ def _check_pairs(inputs: torch.Tensor) -> None:
         )
 
 
+def _in_turn(lengths: Any) -> torch.Tensor:
+    "Lengths of pairs, in a tensor or in lists, one after the other."
+    device = getattr(lengths, "device", "cpu")
+    return torch.as_tensor(lengths, device=device).flatten()
+
+
 def _check_tokens(tokens: torch.Tensor, vocab: int) -> None:
     "Raise `ValueError` for tokens outside 0 .. vocab - 1; not read on a GPU."
     if not holds((tokens >= 0) & (tokens < vocab)):
@@ -426,7 +432,7 @@ class Encoder(Inputs):
         if not self.pairs:
             return self.head(self.read(inputs, lengths))  # (B, dim) -> (B, n_classes)
         _check_pairs(inputs)
-        lengths = None if lengths is None else lengths.flatten()  # (2 * B,)
+        lengths = None if lengths is None else _in_turn(lengths)  # (2 * B,)
         x = self.read(inputs.flatten(0, 1), lengths)  # (2 * B, L, ...) -> (2 * B, dim)
         u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (2 * B, dim) -> 2 x (B, dim)
         return self.head(torch.cat([u, v, u - v, u * v], -1))  # (B, 4 * dim) -> ...

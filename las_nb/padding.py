@@ -31,7 +31,7 @@ def whole_lengths(
     "Lengths as a tensor; raises `ValueError` where they are not whole numbers."
     if not isinstance(lengths, torch.Tensor):
         try:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")
         except (RuntimeError, TypeError, ValueError):
             raise ValueError(
                 f"{name} must be whole numbers, {shape}; got {lengths!r}"
@@ -97,7 +97,7 @@ def _make_mask(
 ) -> torch.Tensor:
     "As `key_mask`."
     lengths = whole_lengths(lengths)
-    if len(lengths) != B:
+    if lengths.shape[0] != B:  # a number that exporters can leave open
         raise ValueError(
             f"lengths must have shape ({B},), one per sequence; got "
             f"{tuple(lengths.shape)}"
@@ -198,6 +198,6 @@ def documents(
     size = (lengths - 1).double().clamp(min=0.5).log2().floor()  # powers of two
     for s in size.unique():
         mine, n = begin[size == s], lengths[size == s]
-        i = torch.arange(int(n.max()))
+        i = torch.arange(int(n.max()), device="cpu")
         batches.append((mine[:, None] + torch.minimum(i, n[:, None] - 1), n))
     return batches

@@ -34,13 +34,16 @@ Window = int | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor
 def window_weights(
     window: Window,  # W, or its weights, newest key first
     n_heads: int | None = None,  # H, where it is known
-    device: torch.device | str | None = None,  # where to put them
+    # where to put them; None = where a tensor is, and others on the CPU
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:  # `(W,)`, or one row per head `(H, W)`; float64
     """The weights of a window: a whole number W stands for W times `1 / W`. Gradients
     reach a tensor of weights.
 
     Raises `ValueError` for a whole number below 1, weights that are not finite, or
     other shapes. Values on a GPU are not read, nor by torch.compile."""
+    if device is None:  # that of torch.set_default_device is another matter
+        device = getattr(window, "device", "cpu")
     if type(window) is int and window >= 1:
         return torch.full((window,), 1 / window, dtype=torch.float64, device=device)
     try:
@@ -77,7 +80,7 @@ def pooling_matrix(
     """The moving average as a matrix `P`: row `k` averages the existing keys in the
     window of `k`."""
     w, (_, future) = window_weights(window), window_sides(window, causal)
-    k = torch.arange(L)
+    k = torch.arange(L, device=w.device)
     # (L, L): how far key j lies before the newest key in the window of k
     t = k[:, None] + future - k
     W = w.shape[-1]

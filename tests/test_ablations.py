@@ -9,7 +9,7 @@ from las_nb.mixers import Attention, Local
 from las_nb.las import las_weights
 from las_nb.mixers import LaSAttention
 from las_nb.model import LaSTransformer
-from las_nb.tasks import bounds, load_task
+from las_nb.tasks import Batch, bounds, load_task
 from las_nb.tasks.probes import ORDERS, PROBES, probe
 from las_nb.lengths import lengths_main, score_at
 from las_nb.settings import Lengths
@@ -331,3 +331,13 @@ def test_other_runs_of_the_same_name_are_not_passed_over(run, tmp_path, capsys):
             lengths_main(asked)
         said = capsys.readouterr().err
         assert "has another run called" in said or "is damaged" in said
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_entropy_of_blocks_is_a_share_of_what_a_block_has(causal):
+    model = LaSTransformer(4, 16, 1, 4, vocab=10, mixer="las-chunk", causal=causal)
+    torch.nn.init.zeros_(model.blocks[0].mixer.qkv.weight)
+    torch.nn.init.zeros_(model.blocks[0].mixer.qkv.bias)
+    data = Batch(torch.randint(10, (2, 150)), None, torch.zeros(2).long())
+    [shares] = attention_entropy(model, data)
+    torch.testing.assert_close(torch.tensor(shares), torch.ones(4))

@@ -153,6 +153,11 @@ def test_the_plan_knows_the_window():
     for window, method in ((1, "sdpa"), (300, "sdpa"), (2000, "dense")):
         assert plan((0.0, 0.01), 1000, window=window)[0].method == method
 
+    # on both sides, every key of a window is a pass over the matrix
+    for L, window, dense in ((128, 3, True), (512, 64, False), (512, 200, False)):
+        found = plan(decay_rates(8, 0.1), L, batch=2, window=window, causal=False)
+        assert [g.method == "dense" for g in found] == [dense] * len(found)
+
 
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")),

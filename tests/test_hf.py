@@ -533,3 +533,52 @@ def test_compiled_and_exported_models():
 def test_a_window_that_is_trained_is_refused():
     with pytest.raises(ValueError, match="trained"):
         register_las("hf-learned", window=torch.ones(2, requires_grad=True))
+
+
+@pytest.mark.parametrize("how", ["right", "left", "static", "in pieces"])
+def test_packed_rows_are_refused_beside_padding_and_in_every_cache(how):
+    model, x = build(), noise()
+    model.set_attn_implementation("hf-scores")
+    at, call = (torch.arange(L) % 5).expand(2, -1), {}
+    if how in ("right", "left"):
+        call = dict(attention_mask=padding(how), use_cache=False)
+    elif how == "static":
+        call = dict(past_key_values=caches(model)["static"])
+    else:
+        past = model(x[:, :3], use_cache=True).past_key_values
+        x, at, call = x[:, 3:], at[:, 3:], dict(past_key_values=past)
+    with pytest.raises(ValueError, match="start anew"):
+        model(x, position_ids=at, **call)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_padding_may_be_anything(side):
+    model, real = build(), padding(side)
+    model.set_attn_implementation("hf-scores")
+    at = (real.cumsum(1) - 1).masked_fill(real == 0, 1)
+    got = model(noise(), attention_mask=real, position_ids=at, use_cache=False).logits
+    alone = model(noise()[:1, real[0].bool()], use_cache=False).logits
+    torch.testing.assert_close(got[:1, real[0].bool()], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_computed_anew_is_what_was_computed():
+    "Gradient checkpointing, with another model called in between."
+    sizes = SIZES | dict(num_key_value_heads=None, attention_probs_dropout_prob=0)
+    sizes |= dict(hidden_dropout_prob=0)
+    other, found = build(), []
+    other.set_attn_implementation("hf-scores")
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        model = tf.AlignTextModel(tf.AlignTextConfig(**sizes)).train()
+        model.set_attn_implementation("hf-scores")
+        if reentrant is not None:
+            how = dict(use_reentrant=reentrant)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        embedded = model.get_input_embeddings()(noise())
+        out = model(inputs_embeds=embedded)[0]
+        other(noise())
+        out.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for again in found[1:]:
+        for x, y in zip(again, found[0], strict=True):
+            torch.testing.assert_close(x, y)

@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from las_nb.attention import attention, causal_mask
 from las_nb.fast import las_attention
-from las_nb.las import las_dense, las_weights
+from las_nb.las import POOLS, las_dense, las_weights
 from las_nb.mixers import LaSAttention
 from las_nb.locality import decay_rates, distance_matrix, locality_kernel
 from las_nb.smoothing import (
@@ -319,3 +319,16 @@ def test_rates_reach_both_ends_exactly():
                 and rates.isfinite().all()
                 and (rates.diff() >= 0).all()
             )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pool", POOLS)
+def test_matrices_of_layers_with_blocks(causal, pool):
+    torch.manual_seed(0)
+    layer = LaSAttention(16, 4, pool=pool, causal=causal, chunk=8).double()
+    x, lengths = torch.randn(2, 21, 16).double(), torch.tensor([21, 11])
+    for n in (None, lengths):
+        q, k, v = layer.heads(x, n)
+        got, want = layer.weights(x, n) @ v, layer.mix(q, k, v, n)
+        for b, end in enumerate((21, 21 if n is None else 11)):
+            torch.testing.assert_close(got[b, :, :end], want[b, :, :end])

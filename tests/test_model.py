@@ -256,3 +256,11 @@ def test_batch_norm_needs_two_positions():
         norm(x[:1], torch.tensor([1]))
     assert norm(x, torch.tensor([1, 1])).isfinite().all()
     assert norm.eval()(x[:1], torch.tensor([1])).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda n: [*n[0], *n[1]]])
+def test_lengths_of_pairs_may_be_lists(kind):
+    model, x = make(pairs=True), torch.randint(11, (2, 2, 20))
+    n = [(20, 7), (3, 20)]
+    want = model(x, torch.tensor(n))
+    torch.testing.assert_close(model(x, kind(n)), want, rtol=0, atol=0)

@@ -5,8 +5,10 @@ import copy
 import pytest, torch
 from las_nb import padding
 from las_nb.fast import las_attention
+from las_nb.fast.bands import _kernel_error
 from las_nb.mixers import MIXERS
 from las_nb.model import LaSTransformer
+from las_nb.tasks import batches, load_task, reading_order
 from las_nb.train import parameter_groups
 
 LONG = ("s4d", "sgconv", "hyena")
@@ -302,3 +304,51 @@ def test_windows_as_arrays_at_every_length():
         got = las_attention(*a, (0.0, 0.02), window=numpy.array([0.6, 0.4]))
         want = las_attention(*a, (0.0, 0.02), window=(0.6, 0.4))
         torch.testing.assert_close(got, want)
+
+
+# --- where tensors are made is not where inputs are
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("method", ["auto", "linear"])
+@pytest.mark.parametrize("window", [3, (0.5, 0.3, 0.2), ((0.5, 0.5),) * 4])
+def test_the_default_device_says_nothing_about_inputs(causal, method, window):
+    a = noise(3, 2, 4, 200, 8)
+    for options in ({}, dict(lengths=[200, 7]), dict(cu_seqlens=[0, 150, 400])):
+        how = dict(window=window, causal=causal, method=method) | options
+        rates = 0.0, 0.013, 0.1, 0.43
+        with torch.device("meta"):
+            got = las_attention(*a, rates, **how)
+        # nor is anything kept from there
+        assert torch.equal(got, las_attention(*a, rates, **how))
+
+
+def test_data_stay_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        train = load_task("needle", length=32, limit=20)["train"]
+        order = reading_order(train, 5, seed=0)
+        batch = next(batches(train, 5, order))
+    assert all(t.device.type == "cpu" for t in (order, batch.inputs, batch.labels))
+
+
+def test_kernels_are_tried_whatever_the_default_device():
+    with torch.device("meta"):
+        assert _kernel_error("cpu", torch.device("cpu"), torch.float32) < 1e-3
+
+
+def test_blocks_compile_for_many_lengths():
+    torch._dynamo.reset()
+    model = make("las-chunk", vocab=9, in_features=None)
+    fast = torch.compile(model, backend="aot_eager")
+    for L in (40, 300, 70):
+        x, n = torch.randint(9, (2, L)), torch.tensor([L, 9])
+        torch.testing.assert_close(fast(x, n), model(x, n))
+
+
+def test_an_exported_model_takes_batches_of_any_size():
+    model, size = make("attention"), torch.export.Dim("B", min=2, max=64)
+    args = noise(3, 40, 3), torch.tensor([40, 9, 7])
+    shapes = {0: size}, {0: size}
+    program = torch.export.export(model, args, dynamic_shapes=shapes).module()
+    x, n = noise(5, 40, 3), torch.tensor([40, 9, 7, 1, 2])
+    torch.testing.assert_close(program(x, n), model(x, n))

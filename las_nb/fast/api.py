@@ -77,11 +77,16 @@ def attend(
 
 
 # %% ../../nbs/function.ipynb #87b5e993
+def _missing(L: int, chunk: int) -> int:
+    "As `-L % chunk`, which torch.compile cannot write down where L is open."
+    return (L + chunk - 1) // chunk * chunk - L
+
+
 def _fold_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
     """Blocks of `chunk` positions as sequences of their own: `(B, H, L, D)` to `(B * n,
     H, chunk, D)`; the last one is padded."""
     return (
-        F.pad(x, (0, 0, 0, -x.shape[2] % chunk))
+        F.pad(x, (0, 0, 0, _missing(x.shape[2], chunk)))
         .unflatten(2, (-1, chunk))
         .transpose(1, 2)
         .flatten(0, 1)
@@ -419,7 +424,8 @@ def _takes_fused(
 def _fused_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
     "How far the GPU kernel is from the matrix, forward and backward, with far keys."
     g = torch.Generator().manual_seed(0)
-    up, *a = (torch.randn(1, 2, 400, width, generator=g) for _ in range(4))
+    size = dict(size=(1, 2, 400, width), generator=g, device="cpu")
+    up, *a = (torch.randn(**size) for _ in range(4))
     speeds, found = (0.0, 0.5), []
     for method, kind in (("triton", (device, dtype)), ("dense", (device,))):
         mine = [t.to(*kind).requires_grad_() for t in a]
@@ -592,7 +598,7 @@ def _by_documents(
         at, ends = where.to(q.device), n if n.min() < n.max() else None
         batch = (t[:, at].transpose(0, 1) for t in rows)  # (n, H, m, D)
         o = las_attention(*batch, rates, window, pool, causal, ends, *limits)
-        real = torch.arange(where.shape[1]) < n[:, None]
+        real = torch.arange(where.shape[1], device="cpu") < n[:, None]
         outputs.append(o.transpose(0, 1)[:, real.to(q.device)])
         places.append(where[real])
     order = torch.cat(places).argsort().to(q.device)

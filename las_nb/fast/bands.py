@@ -285,7 +285,7 @@ def flash(
     if kind == "cpu":
         attend = aten._scaled_dot_product_flash_attention_for_cpu
         if not _SPLIT_FROM <= b < K:
-            mask = None if b == K else lower_right(b, K, q.dtype)
+            mask = None if b == K else lower_right(b, K, q.dtype, q.device)
             return *attend(q, k, v, 0.0, b == K, attn_mask=mask, scale=scale), ()
         (k, k2), (v, v2) = (t.split([K - b, b], -2) for t in (k, v))
         first = attend(q, k, v, 0.0, False, scale=scale)
@@ -330,7 +330,7 @@ def flash_backward(
     if kind == "cpu":
         back = aten._scaled_dot_product_flash_attention_for_cpu_backward
         if not _SPLIT_FROM <= b < K:
-            mask = None if b == K else lower_right(b, K, q.dtype)
+            mask = None if b == K else lower_right(b, K, q.dtype, q.device)
             how = dict(attn_mask=mask, scale=scale)
             return back(g, q, k, v, o, lse, 0.0, b == K, **how)
         (k, k2), (v, v2) = (t.split([K - b, b], -2) for t in (k, v))
@@ -409,7 +409,8 @@ def _kernel_error(kind: str, device: torch.device, dtype: torch.dtype) -> float:
     "How far one of torch's kernels is from plain products, forward and backward."
     g = torch.Generator().manual_seed(0)
     sizes = [(24, 16), (24, 16), (40, 16), (40, 16)]
-    up, q, k, v = (torch.randn(1, 2, *s, generator=g).to(device, dtype) for s in sizes)
+    rows = (torch.randn(1, 2, *s, generator=g, device="cpu") for s in sizes)
+    up, q, k, v = (t.to(device, dtype) for t in rows)
     found = []
     for kernel in (kind, None):
         o, lse, rest = flash(q, k, v, 0.25, kernel)

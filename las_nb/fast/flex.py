@@ -117,8 +117,8 @@ def flex_attend(
     _check_flex(q, k, v, window)
     B, _, L, _ = q.shape
     alpha = rates.to(q.device).clamp(max=1e4).float()
-    ends = torch.full((B,), L) if lengths is None else whole_lengths(lengths)
-    ends = ends.to(q.device)
+    whole = torch.full((B,), L, device=q.device)
+    ends = whole if lengths is None else whole_lengths(lengths).to(q.device)
     if is_one(window):
         score, seen = _flex_plain(alpha, ends, causal)
     else:

@@ -42,7 +42,7 @@ def make_parts(
     "The parts of a call."
     parts, first = [], 0
     with torch.inference_mode(False):
-        rates = torch.tensor(speeds, dtype=torch.float64)
+        rates = torch.tensor(speeds, dtype=torch.float64, device="cpu")
         w = window_weights(window)
         for g in groups:
             heads = slice(first, first := first + len(g.heads))

@@ -217,11 +217,17 @@ def cost(
     # way -> its cost per key, per query and per call; None = keys alone
     costs: dict[str, tuple[float, float, float]] | None = None,
     width: int = 32,  # D
+    window: int = 1,  # W, see plan
 ) -> float:
     """Estimate of the work of a group, in keys that torch's attention would visit in
     the same time."""
     band, (key, position, call) = group.band, (costs or _KEYS)[group.method]
     heads = batch * len(group.heads)
+    # fitted to windows of 3: a matrix is smoothed by a pass for every key of a window
+    if group.method == "dense":
+        key *= max(1, (window + 6) / 9)
+    else:
+        position += 12 * max(0, window - 3)
     if band is None:
         return heads * L * (key * L / 2 + position) + call
     keys = key * _per_query(band.block, band.reach) + position
@@ -345,7 +351,8 @@ def plan(
     costs = _COSTS[not (causal or not any(rates))]
     costs = _KEYS if method == "linear" else costs if device == "cpu" else _GPU
     bounds = bounds or (1.0,) * H
-    price = functools.partial(cost, L=L, batch=batch, costs=costs, width=width)
+    size = dict(L=L, batch=batch, width=width, window=window)
+    price = functools.partial(cost, costs=costs, **size)
     unit, best = 16 if device == "cpu" else 64, []
     for h in _rising(rates):
         found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)

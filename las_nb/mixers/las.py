@@ -7,7 +7,7 @@ __all__ = ["SelfAttention", "frozen", "LaSAttention"]
 
 # %% ../../nbs/layer.ipynb #6c7edeea
 import functools, math
-import torch
+import torch, torch.nn.functional as F
 from typing import Any
 from fastcore.basics import patch
 from torch import nn
@@ -18,7 +18,7 @@ from ..fast.api import check_limits
 from ..las import POOLS, las_weights
 from ..locality import exact_rates
 from .register import register_mixer
-from ..padding import clear_padding
+from ..padding import clear_padding, whole_lengths
 from ..smoothing import Window, window_weights
 
 
@@ -195,9 +195,18 @@ def weights(
     x: torch.Tensor,  # `(B, L, dim)`
     lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
 ) -> torch.Tensor:  # `(B, H, L, L)`
-    "The attention matrices of `x`, for looking at; without a `chunk`."
-    q, k, _ = self.heads(x, lengths)
-    return las_weights(q, k, self.rates, self.window, self.pool, self.causal, lengths)
+    "The attention matrices of `x`, for looking at."
+    (q, k, _), how = self.heads(x, lengths), (self.window, self.pool, self.causal)
+    L, size = q.shape[2], self.chunk or q.shape[2]
+    blocks = []  # rows of queries: nothing but their own block is seen
+    for start in range(0, L, size):
+        end, n = min(start + size, L), lengths
+        if size < L and lengths is not None:
+            n = (whole_lengths(lengths) - start).clamp(1, end - start)
+        some = (t[:, :, start:end] for t in (q, k))
+        w = las_weights(*some, self.rates, *how, n)
+        blocks.append(F.pad(w, (start, L - end)))
+    return torch.cat(blocks, 2)
 
 
 # %% ../../nbs/layer.ipynb #c5ee8230

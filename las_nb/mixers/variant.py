@@ -79,7 +79,8 @@ class LaSVariant(LaSAttention):
             r = self.rates.clamp_min(1e-4)
             self.raw_rates = nn.Parameter(r + (-torch.expm1(-r)).log())
         if learn in ("filter", "both"):
-            w = window_weights(window).detach().float()  # (W,) or (H, W)
+            w = window_weights(window, device=self.out.weight.device)
+            w = w.detach().float()  # (W,) or (H, W)
             self.taps = nn.Parameter(w.expand(n_heads, -1).clone())
 
     def current_rates(self) -> torch.Tensor:

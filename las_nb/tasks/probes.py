@@ -27,7 +27,8 @@ from .task import Task, register_task
 
 # %% ../../nbs/09_probes.ipynb #192e67a1
 ORDERS = torch.tensor(  # of motif, by label
-    [[8, 9, 10], [8, 10, 9], [9, 8, 10], [9, 10, 8], [10, 8, 9], [10, 9, 8]]
+    [[8, 9, 10], [8, 10, 9], [9, 8, 10], [9, 10, 8], [10, 8, 9], [10, 9, 8]],
+    device="cpu",
 )
 
 

@@ -98,7 +98,7 @@ def batches(
 ) -> Iterator[Batch]:
     "Batch after batch; the last may be smaller."
     if order is None:
-        order = torch.arange(len(split.labels))
+        order = torch.arange(len(split.labels), device="cpu")
     if isinstance(split, Batch):
         order = order.to(split.labels.device)
     for i in order.split(size)[start:]:
@@ -113,9 +113,8 @@ def epoch_order(
 ) -> torch.Tensor:  # a permutation `(n,)`, on the CPU
     "The order of one epoch."
     # a prime above any epoch: no two runs share an order
-    return torch.randperm(
-        n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    )
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator, device="cpu")
 
 
 # %% ../../nbs/17_data.ipynb #288361b0
@@ -159,8 +158,9 @@ class Sequences:
 def _cut_out(split: Sequences, i: torch.Tensor | slice) -> Batch:
     "The sequences `i`, padded; see `Sequences.rows`."
     n, towers, device = len(split.labels), split.towers, split.values.device
-    i = torch.arange(n)[i.cpu() if isinstance(i, torch.Tensor) else i]  # (b,)
-    at = (i[:, None] * towers + torch.arange(towers)).flatten()  # (b * towers,)
+    i = torch.arange(n, device="cpu")[i.cpu() if isinstance(i, torch.Tensor) else i]
+    tower = torch.arange(towers, device="cpu")
+    at = (i[:, None] * towers + tower).flatten()  # (b * towers,)
     length = split.starts[at + 1] - split.starts[at]
     L = int(length.max()) if len(at) else 1
     even = bool((length == L).all()) and towers == 1
@@ -195,7 +195,9 @@ def reading_order(
     """The order of one epoch: random, with sequences of similar length in a batch; the
     smaller batch comes last."""
     n = len(split.labels)
-    order = torch.arange(n) if seed is None else epoch_order(n, seed, epoch)
+    order = torch.arange(n, device="cpu")
+    if seed is not None:
+        order = epoch_order(n, seed, epoch)
     if isinstance(split, Batch):
         return order
     longest = split.lengths().amax(1)  # (n,)

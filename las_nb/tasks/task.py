@@ -90,7 +90,8 @@ def load_task(
     options = dict(limit=limit, sample=sample, seed=seed)
     if length is not None:
         options["length"] = length
-    splits = task.load(data_root(root), **options)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        splits = task.load(data_root(root), **options)
     if limit is not None:
         most = dict(train=limit, valid=max(1, limit // 9), test=limit)
         splits = {part: b.first(most[part]) for part, b in splits.items()}
@@ -110,12 +111,13 @@ def trivial(
 
     def looked(split):
         if reader is None:
-            return torch.zeros(len(split.labels), dtype=torch.long)
+            return torch.zeros_like(split.labels, dtype=torch.long, device="cpu")
         return reader(split)
 
     seen, labels = looked(train), train.labels.cpu()
-    counts = torch.zeros(int(seen.max()) + 1, int(labels.max()) + 1)
-    counts.index_put_((seen, labels), torch.ones(len(labels)), accumulate=True)
+    counts = torch.zeros(int(seen.max()) + 1, int(labels.max()) + 1, device="cpu")
+    ones = torch.ones_like(labels, dtype=counts.dtype)
+    counts.index_put_((seen, labels), ones, accumulate=True)
     best = counts.argmax(1)  # most frequent label for each thing seen
     guess = best[looked(test).clamp(max=len(best) - 1)]
     return 100 * (guess == test.labels.cpu()).float().mean().item()

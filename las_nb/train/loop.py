@@ -881,9 +881,12 @@ def attention_entropy(
         return None
     B, L = batch.inputs.shape[:2]
     n = torch.full((B,), L) if batch.lengths is None else batch.lengths.cpu()
-    i = torch.arange(L)
+    i, block = torch.arange(L), model.config.get("chunk") or L
+    before = i // block * block  # keys in earlier blocks
     # (B, L): how many a query may see
-    keys = (i + 1).expand(B, L) if model.config["causal"] else n[:, None].expand(B, L)
+    keys = (n[:, None] - before).clamp(1, block)
+    if model.config["causal"]:
+        keys = (i - before + 1).expand(B, L)
     real = (i < n[:, None]) & (keys > 1)
     training = model.training
     model.eval()
