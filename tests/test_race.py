@@ -1,7 +1,8 @@
 """What small machines are helped by: short convolutions, augmentation, averages, early
 epochs, parts of a pass; and the race, from its file to its table."""
 
-import json, time
+import json, subprocess, sys, time
+from pathlib import Path
 import pytest, torch
 import las_nb.train.loop as loop
 from forked import forked
@@ -16,6 +17,7 @@ from las_nb.train import Stopped, Trainer, build, load_run, preset, score, train
 from las_nb.train.optim import moving_average
 from pages import ROOT
 
+BIN = Path(sys.executable).parent
 SMALL = dict(dim=16, depth=1, n_heads=2, limit=96, epochs=3, batch_size=32)
 QUIET = dict(progress=False, cpu=True)
 
@@ -326,7 +328,8 @@ def test_a_race_from_its_file_to_its_table(tmp_path):
     empty = race("--action", "show")
     assert empty.returncode == 0 and "no run has begun" in empty.stdout
     assert "mine/las-0" in race("--action", "list").stdout
-    done = race()
+    command = [BIN / "las", "race", "mine.toml", *where]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) == 3 and "minutes to 99.9 %" in rows[0]
