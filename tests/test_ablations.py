@@ -11,9 +11,9 @@ from las_nb.mixers import LaSAttention
 from las_nb.model import LaSTransformer
 from las_nb.tasks import Batch, bounds, load_task
 from las_nb.tasks.probes import ORDERS, PROBES, probe
-from las_nb.lengths import lengths_main, score_at
+from las_nb.lengths import lengths_main, score_at, stretched
 from las_nb.settings import Lengths
-from las_nb.train import attention_entropy, train
+from las_nb.train import attention_entropy, load_run, train
 import las_nb.train.loop as lib
 
 QUIET = dict(progress=False, cpu=True)
@@ -341,3 +341,39 @@ def test_entropy_of_blocks_is_a_share_of_what_a_block_has(causal):
     data = Batch(torch.randint(10, (2, 150)), None, torch.zeros(2).long())
     [shares] = attention_entropy(model, data)
     torch.testing.assert_close(torch.tensor(shares), torch.ones(4))
+
+
+def test_stretched_models_are_those_of_slower_rates():
+    torch.manual_seed(0)
+    given = dict(vocab=9, n_heads=4, window=3)
+    model = LaSTransformer(3, 8, 2, max_rate=0.4, **given).eval()
+    slow = LaSTransformer(3, 8, 2, max_rate=0.1, **given).eval()
+    slow.load_state_dict(model.state_dict())
+    tokens = torch.randint(9, (2, 50))
+    other = stretched(model, 4.0)
+    torch.testing.assert_close(other(tokens), slow(tokens))
+    assert other.config["stretch"] == 4.0
+    assert model.blocks[0].mixer.plain_rates[-1] == 0.4
+    with pytest.raises(ValueError, match="stretch must be a number above 0"):
+        stretched(model, 0)
+    plain = LaSTransformer(3, 8, 1, vocab=9, n_heads=2, mixer="attention")
+    with pytest.raises(ValueError, match="no option 'stretch'"):
+        stretched(plain, 2.0)
+
+
+def test_lengths_may_be_read_with_stretched_rates(tmp_path):
+    small = dict(limit=60, epochs=1, dim=8, depth=1, n_heads=2)
+    run = tmp_path / "runs" / "needle-las-0"
+    train("needle", run, options=dict(progress=False, cpu=True), **small)
+    where = dict(results=str(tmp_path), cpu=True, tokens=2000)
+    for stretch in (False, True):
+        folder = str(run.parent)
+        lengths_main(Lengths(folder, "64,128", "needle-*", stretch=stretch, **where))
+    runs = json.loads((tmp_path / "lengths.json").read_text())["runs"]
+    assert sorted(runs) == ["needle-las-0", "needle-las-0-stretched"]
+    as_is, slow = (runs[n]["found"] for n in sorted(runs))
+    assert as_is["64"]["right"] == slow["64"]["right"]  # nothing to stretch
+    assert slow["128"]["command"].endswith("--stretch")
+    model, _ = load_run(run)
+    wanted = score_at(stretched(model, 2.0), "needle", 128, 15)
+    assert wanted == (slow["128"]["right"], slow["128"]["n"])
