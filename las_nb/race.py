@@ -50,7 +50,7 @@ _ENTRIES = ("imports", "goals", "seeds", "all", "rows")
 
 
 def read_race(
-    path: str | Path,  # a TOML file, such as nbs/grids/race.toml
+    path: str | Path,  # a TOML file, such as nbs/races/race.toml
 ) -> tuple[dict[str, dict[str, Any]], tuple[float, ...]]:
     """Run ("race/row-seed") -> arguments of preset, seeds outermost; goals (percent).
 

@@ -414,7 +414,7 @@ class Experiments(Work):
 class Race(Work):
     "Train the rows of a race, and say which was first at its goals."
 
-    rows: str  # a TOML file, such as nbs/grids/race.toml
+    rows: str  # a TOML file, such as nbs/races/race.toml
     action: Literal["run", "list", "show"] = "run"  # show what is there
 
 

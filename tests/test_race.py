@@ -373,7 +373,7 @@ def test_files_that_are_no_race(text, says, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "grids").glob("race*.toml")))
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "races").glob("*.toml")))
 def test_the_books_races_can_be_run(path):
     runs, goals = read_race(path)
     assert runs and list(goals) == sorted(goals)
