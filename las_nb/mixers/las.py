@@ -135,7 +135,8 @@ class LaSAttention(SelfAttention):
         # rates are divided by it: L / L_train reads longer sequences than in training
         stretch: float = 1.0,
     ):
-        if not 0 < stretch < math.inf:
+        number = isinstance(stretch, (int, float)) and not isinstance(stretch, bool)
+        if not number or not 0 < stretch < math.inf:
             raise ValueError(f"stretch must be a number above 0; got {stretch!r}")
         # numbers, even where weights are to have none yet (device "meta")
         with torch.device("cpu"):

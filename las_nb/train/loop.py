@@ -35,14 +35,8 @@ from .checkpoint import save_checkpoint
 from .optim import batch_size, best_precision, learning_rate
 from .optim import moving_average, parameter_groups, plateau_drops
 from .optim import share_loss
-from las_nb.train.recipe import (
-    augments,
-    build,
-    command_line,
-    identity,
-    load_data,
-    preset,
-)
+from .recipe import augments, build, command_line, identity
+from .recipe import load_data, preset
 from .recipe import run_name
 
 
