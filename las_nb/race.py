@@ -34,8 +34,11 @@ def core_minutes(
     goal: float,  # percent of the validation set
     fair: bool = False,  # on a core that does the unit of work in UNIT seconds?
 ) -> float | None:  # None where the goal was not reached
-    "Minutes of one core until the first epoch that ended above a goal."
-    reached = [valid >= goal for valid in record["curve"]["valid"]]
+    "Minutes of one core until the first epoch at full resolution above a goal."
+    data = record.get("recipe", {}).get("data", {})
+    coarse = data.get("coarse_epochs", 0)
+    valid = enumerate(record["curve"]["valid"])
+    reached = [epoch >= coarse and right >= goal for epoch, right in valid]
     cost = record.get("cost", {})
     if True not in reached or len(cost.get("seconds", [])) < len(reached):
         return None

@@ -514,13 +514,19 @@ def gradients(
 
 # %% ../../nbs/18_train.ipynb #0d1fe658
 @patch
+def sized(self: Trainer, batch: Batch) -> Batch:
+    "Sequences as this epoch reads them: at half resolution in coarse epochs."
+    if self.epoch < self.recipe.data.coarse_epochs:
+        return TASKS[self.recipe.task].coarse(batch)
+    return batch
+
+
+@patch
 def altered(self: Trainer, batch: Batch, generator: torch.Generator) -> Batch:
     "A training batch as the recipe wants it: augmented, and coarse in early epochs."
     for change in self.augments:
         batch = change(batch, generator)
-    if self.epoch < self.recipe.data.coarse_epochs:
-        return TASKS[self.recipe.task].coarse(batch)
-    return batch
+    return self.sized(batch)
 
 
 # %% ../../nbs/18_train.ipynb #0d1fe659
@@ -742,9 +748,9 @@ def evaluate(self: Trainer, part: str) -> float:  # percent
     ):
         with self.accelerator.autocast():
             if len(batch.labels):
-                self.sums[4] += (
-                    net(batch.inputs, batch.lengths).argmax(-1) == batch.labels
-                ).sum()
+                batch = self.sized(batch)
+                answers = net(batch.inputs, batch.lengths).argmax(-1)
+                self.sums[4] += (answers == batch.labels).sum()
         self.checked += 1
         self.pause()
     percent = 100 * self.look()[3] / len(self.data[part].labels)
