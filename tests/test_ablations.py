@@ -114,12 +114,21 @@ def test_reach_is_a_sliding_window(reach):
     torch.testing.assert_close(a(noise(2, 40, 16)), b(noise(2, 40, 16)))
 
 
-def test_rotary_is_that_of_attention():
+@pytest.mark.parametrize("kind", [LaSVariant, LaSAttention])
+def test_rotary_is_that_of_attention(kind):
     a, b = twins(
         Attention(16, 4, rotary=True),
-        LaSVariant(16, 4, max_rate=0.0, window=1, rotary=True),
+        kind(16, 4, max_rate=0.0, window=1, rotary=True),
     )
     torch.testing.assert_close(a(noise(2, 40, 16)), b(noise(2, 40, 16)))
+
+
+def test_rotary_las_is_its_matrices():
+    own = dict(max_rate=0.5, window=3, rotary=True)
+    a, b = twins(LaSAttention(16, 4, **own), LaSVariant(16, 4, **own))
+    x = noise(2, 300, 16)
+    torch.testing.assert_close(a(x), b(x))
+    torch.testing.assert_close(a.weights(x), b.weights(x))
 
 
 @pytest.mark.parametrize(

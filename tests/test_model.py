@@ -198,7 +198,7 @@ def test_autocast_and_compile_free_backward():
         (dict(norm="rms"), "norm must be"),
         (dict(readout="max"), "readout must be"),
         (dict(positions="rotray"), "positions must be"),
-        (dict(positions="rotary"), "cannot be given rotary"),
+        (dict(positions="rotary", dim=12), "even width per head"),
         (dict(max_len=0), "max_len"),
     ],
 )

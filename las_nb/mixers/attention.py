@@ -11,7 +11,6 @@ from torch import nn
 from .las import SelfAttention
 from .register import register_mixer
 from ..padding import key_mask, whole_lengths
-from ..positions import rotate
 
 
 # %% ../../nbs/11_layers.ipynb #28694d4d
@@ -34,22 +33,6 @@ class Attention(SelfAttention):
     """Plain softmax attention (Vaswani et al. 2017), with rotary positions if asked;
     O(L²) time, O(L) memory."""
 
-    rotary: bool
-
-    def __init__(
-        self,
-        dim: int,  # width; a multiple of `n_heads`
-        n_heads: int = 8,  # H
-        causal: bool = True,  # see the past only?
-        rotary: bool = False,  # turn queries and keys by their position?
-    ):
-        super().__init__(dim, n_heads, causal)
-        if rotary and dim // n_heads % 2:
-            raise ValueError(
-                f"rotary positions need an even width per head; got {dim // n_heads}"
-            )
-        self.rotary = rotary
-
     def mix(
         self,
         q: torch.Tensor,
@@ -58,8 +41,6 @@ class Attention(SelfAttention):
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         "Softmax attention of the heads: `(B, H, L, D)`."
-        if self.rotary:
-            q, k = rotate(q), rotate(k)
         return F.scaled_dot_product_attention(
             q, k, v, self.real_keys(k, lengths), is_causal=self.causal
         )
@@ -140,8 +121,6 @@ class Local(Attention):
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         "Attention of blocks to themselves and their neighbours: `(B, H, L, D)`."
-        if self.rotary:
-            q, k = rotate(q), rotate(k)
         (B, H, L, _), w = q.shape, min(self.reach, q.shape[-2])
         # blocks; neighbours that a block looks at
         n, sides = -(-L // w), 1 if self.causal else 2

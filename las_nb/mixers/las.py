@@ -19,17 +19,22 @@ from ..las import POOLS, las_weights
 from ..locality import exact_rates
 from .register import register_mixer
 from ..padding import clear_padding, whole_lengths
+from ..positions import rotate
 from ..smoothing import Window, window_weights
 
 
 # %% ../../nbs/layer.ipynb #31d281f3
-def _check_heads(dim: int, n_heads: int) -> None:
-    "Raise `ValueError` unless a width can be cut into heads."
+def _check_heads(dim: int, n_heads: int, rotary: bool) -> None:
+    "Raise `ValueError` unless a width can be cut into heads, that can be turned."
     whole = isinstance(dim, int) and isinstance(n_heads, int)
     if not whole or min(dim, n_heads) < 1 or dim % n_heads:
         raise ValueError(
             f"dim must be a positive multiple of n_heads; got dim={dim!r}, "
             f"n_heads={n_heads!r}"
+        )
+    if rotary and dim // n_heads % 2:
+        raise ValueError(
+            f"rotary positions need an even width per head; got {dim // n_heads}"
         )
 
 
@@ -41,6 +46,7 @@ class SelfAttention(nn.Module):
 
     n_heads: int
     causal: bool
+    rotary: bool
     qkv: nn.Linear
     out: nn.Linear
 
@@ -49,10 +55,11 @@ class SelfAttention(nn.Module):
         dim: int,  # width of the model; a multiple of `n_heads`
         n_heads: int = 8,  # H
         causal: bool = True,  # attend to the past only?
+        rotary: bool = False,  # turn queries and keys by their position?
     ):
         super().__init__()
-        _check_heads(dim, n_heads)
-        self.n_heads, self.causal = n_heads, causal
+        _check_heads(dim, n_heads, rotary)
+        self.n_heads, self.causal, self.rotary = n_heads, causal, rotary
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def heads(
@@ -65,10 +72,11 @@ class SelfAttention(nn.Module):
                 f"{tuple(x.shape)}"
             )
         # (B, L, 3 * dim) -> 3 x (B, H, L, D)
-        return [
+        q, k, v = (
             split_heads(t, self.n_heads)
             for t in self.qkv(clear_padding(x, lengths)).chunk(3, -1)
-        ]
+        )
+        return [rotate(q), rotate(k), v] if self.rotary else [q, k, v]
 
     def mix(
         self,
@@ -134,6 +142,7 @@ class LaSAttention(SelfAttention):
         chunk: int | None = None,
         # rates are divided by it: L / L_train reads longer sequences than in training
         stretch: float = 1.0,
+        rotary: bool = False,  # turn queries and keys by their position?
     ):
         number = isinstance(stretch, (int, float)) and not isinstance(stretch, bool)
         if not number or not 0 < stretch < math.inf:
@@ -145,7 +154,7 @@ class LaSAttention(SelfAttention):
         check_choice("pool", pool, POOLS)
         check_choice("method", method, METHODS)
         check_limits(tol, score_bound, chunk, n_heads)
-        super().__init__(dim, n_heads, causal)
+        super().__init__(dim, n_heads, causal, rotary)
         self.window, self.pool, self.method = frozen(window), pool, method
         self.tol, self.score_bound, self.chunk = tol, frozen(score_bound), chunk
         self.plain_rates = tuple(rate / stretch for rate in rates)

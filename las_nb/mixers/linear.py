@@ -48,6 +48,14 @@ class LinearAttention(SelfAttention):
     """Linear attention (Katharopoulos et al. 2020), features `elu(x) + 1`; O(L) time
     and memory."""
 
+    def __init__(
+        self,
+        dim: int,  # width; a multiple of `n_heads`
+        n_heads: int = 8,  # H
+        causal: bool = True,  # see the past only?
+    ):
+        super().__init__(dim, n_heads, causal)  # features undo what rotary does
+
     def features(self, x: torch.Tensor, query: bool) -> torch.Tensor:
         """Positive features of queries or keys: `elu(x) + 1`, without its rounding to
         zero."""

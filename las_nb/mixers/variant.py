@@ -15,7 +15,6 @@ from ..locality import decayed_scores, distance_matrix
 from .las import LaSAttention
 from .register import register_mixer
 from ..padding import real_keys
-from ..positions import rotate
 from ..smoothing import Window, edge_scale, smooth_scores, smooth_weights
 from ..smoothing import weights_like, window_sum, window_weights
 
@@ -44,7 +43,6 @@ class LaSVariant(LaSAttention):
 
     # the last two where they are learned
     reach: int | None
-    rotary: bool
     raw_rates: nn.Parameter
     taps: nn.Parameter
 
@@ -72,8 +70,9 @@ class LaSVariant(LaSAttention):
                 "a learned filter of keys stands where scores are pooled; use "
                 "pool='scores'"
             )
-        super().__init__(dim, n_heads, max_rate, window, pool, True, spacing)
-        self.reach, self.rotary = reach, rotary
+        own = dict(causal=True, spacing=spacing, rotary=rotary)
+        super().__init__(dim, n_heads, max_rate, window, pool, **own)
+        self.reach = reach
         # softplus gives the rate
         if learn in ("rates", "both"):
             r = self.rates.clamp_min(1e-4)
@@ -94,8 +93,6 @@ def matrix(self: LaSVariant, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     "Attention weights `(B, H, L, L)`."
     check_choice("pool", self.pool, ("scores", "weights"))  # what this path knows
     L, window, rates = k.shape[2], self.window, self.current_rates()
-    if self.rotary:
-        q, k = rotate(q), rotate(k)
     if hasattr(self, "taps"):
         W = self.taps.shape[1]
         lag = torch.arange(W, dtype=torch.float64, device=k.device)

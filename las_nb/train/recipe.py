@@ -68,6 +68,7 @@ _LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
     "dim",
     "n_heads",
     "causal",
+    "rotary",
 }
 
 
