@@ -76,6 +76,31 @@ def _data(asked: settings.GetData, given: list[str]) -> None:
 
 
 # %% ../nbs/cli.ipynb #22e00b54
+# of nbs/races, in the order of their worth
+_RACES = ("race", "listops-race", "arena-race", "race-trials")
+
+
+def _every_run(asked: settings.Experiments) -> dict[str, dict[str, Any]]:
+    """The runs of the book and, in a clone, those of its files; without a GPU the
+    races, and what else is small, come first."""
+    import torch
+    from las_nb.compare import read_grid
+    from las_nb.experiments import experiments
+    from las_nb.race import read_race
+
+    runs, races = experiments(), {}
+    for name in _RACES:
+        if (path := Path(f"nbs/races/{name}.toml")).exists():
+            races |= read_race(path)[0]
+    runs |= races
+    if asked.cpu or not torch.cuda.is_available():
+        small = {name: run for name, run in runs.items() if "-cpu-" in name}
+        runs = races | small | runs
+    for grid in sorted(Path("nbs/grids").glob("full*.toml")):
+        runs |= read_grid(grid, asked.action == "run")
+    return runs
+
+
 def _experiments(asked: settings.Experiments, given: list[str]) -> None:
     def call():
         from las_nb.results.record import migrate_records
@@ -85,13 +110,9 @@ def _experiments(asked: settings.Experiments, given: list[str]) -> None:
 
     if asked.action == "migrate":
         return guarded(call, "")
-    from las_nb.compare import read_grid
-    from las_nb.experiments import experiments, work_off
+    from las_nb.experiments import work_off
 
-    todo = experiments()
-    for grid in sorted(Path("nbs/grids").glob("full*.toml")):
-        sized = asked.action == "run"
-        todo |= guarded(lambda: read_grid(grid, sized), "")
+    todo = guarded(lambda: _every_run(asked), "")
     work_off(todo, asked.action, asked, keep_curves=True)
 
 

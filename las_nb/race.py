@@ -129,8 +129,9 @@ def race_table(
         rows.setdefault(name.rpartition("/")[2].rpartition("-")[0], []).append(record)
     heads = " | ".join(f"minutes to {goal:g} %" for goal in goals)
     lines = [
-        f"| row | seeds | {heads} | validation (%) | test (%) | parameters |",
-        "|---|---:|" + "---:|" * (len(goals) + 3),
+        f"| row | seeds | {heads} | validation (%) | test (%) | parameters | device | "
+        "commit |",
+        "|---|---:|" + "---:|" * (len(goals) + 3) + "---|---|",
     ]
     for row, group in sorted(rows.items(), key=lambda item: _rank(item[1], goals)):
         times = " | ".join(_minutes(group, goal) for goal in goals)
@@ -141,7 +142,8 @@ def race_table(
         told += [f"under way ({passed})"] if passed else []
         lines.append(
             f"| {row} | {len(group)} | {times} | {valid} | {', '.join(told)} | "
-            f"{group[0]['params']:,} |"
+            f"{group[0]['params']:,} | {_said(group, 'device')} | "
+            f"{_said(group, 'commit')} |"
         )
     return "\n".join(lines)
 
@@ -149,6 +151,12 @@ def race_table(
 def _share_done(record: dict[str, Any]) -> float:
     "How much of a run is done."
     return len(record["curve"]["valid"]) / record["epochs"]
+
+
+def _said(group: list[dict[str, Any]], key: str) -> str:
+    "What the records of a row say, each thing once."
+    things = [thing for r in group for thing in r[key].split(", ")]
+    return ", ".join(dict.fromkeys(things))
 
 
 # %% ../nbs/race.ipynb #4ace0015
