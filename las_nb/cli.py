@@ -101,6 +101,7 @@ def _every_run(asked: settings.Experiments) -> dict[str, dict[str, Any]]:
     return runs
 
 
+# %% ../nbs/cli.ipynb #4b9da0d8
 def _experiments(asked: settings.Experiments, given: list[str]) -> None:
     def call():
         from las_nb.results.record import migrate_records

@@ -148,7 +148,6 @@ def arena_table(
     runs: list[dict[str, Any]],  # records of las train, of one preset
     # name -> task -> percent or None
     published: dict[str, dict[str, Any]] | None = None,
-    goals: dict[str, float] | None = None,  # task -> percent
 ) -> str:  # Markdown
     """Our results, what trivial readers get on the same test data, and published
     figures, with both averages."""
@@ -161,9 +160,6 @@ def arena_table(
         told = [r for r in runs if reader in r["trivial"]]
         cells = {r["task"]: f"{r['trivial'][reader]:.2f}" for r in told}
         rows.append(_row(f"*{reader} alone*", cells, {}))
-    if goals:
-        cells = {t: f"{p:g}" for t, p in goals.items()}
-        rows.append(_row("*our goals for LaS*", cells, {}))
     for name, scores in (published or {}).items():
         cells = {t: f"{p:.2f}" for t, p in scores.items() if p is not None}
         if "pathx" in scores:
