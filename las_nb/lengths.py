@@ -13,7 +13,8 @@ from typing import Any
 from ._command import guarded
 from ._util import commit_id, read_json, replace_file
 from .model import LaSTransformer
-from .settings import Lengths
+from .results.record import read_record, recipe_of
+from .settings import Lengths, Recipe
 from .tasks import TASKS, load_task
 from .train import identity, load_run
 
@@ -126,6 +127,19 @@ def _measured_lengths(
     return found
 
 
+def _kept_run(
+    run: Path,  # a run's folder, or weights that are kept beside their record
+) -> tuple[LaSTransformer, Recipe]:  # in eval mode, on the CPU
+    "The model and its recipe; raises as `load_run` does."
+    beside = run.parent, run.name
+    above = run.parent.parent, f"{run.parent.name}/{run.name}"
+    for results, name in (beside, above):
+        record = read_record(results, name)
+        if record and not (run / "recipe.json").exists():
+            return LaSTransformer.from_pretrained(run), recipe_of(record)
+    return load_run(run)
+
+
 def _measure_run(
     run: Path,
     lengths: list[int],
@@ -135,7 +149,7 @@ def _measure_run(
     path: Path,
 ) -> None:
     "Add what a model does at lengths that are not in the results file yet."
-    model, recipe = load_run(run)
+    model, recipe = _kept_run(run)
     task = TASKS[recipe.task]
     if not task.any_length:
         raise ValueError(

@@ -10,7 +10,7 @@ import gzip, os, socket, tempfile
 import torch
 from pathlib import Path
 from .._util import DataError
-from .augment import coarse, shift
+from .augment import coarse, resized, shift
 from .sequences import Batch, hold_out, shuffled
 from .task import Task, register_task
 
@@ -86,7 +86,9 @@ def read_idx(
 def mnist(
     root: Path,  # as from data_root
     permuted: bool = False,  # shuffle the pixels, by one permutation for all pictures?
-    # "train" 54,000, "valid" 6,000 and "test" 10,000 sequences `(784, 1)`
+    length: int = 784,  # steps: a square number, whose pictures are interpolated
+    limit: int | None = None,  # sequences of a split that are made, at most
+    # "train" 54,000, "valid" 6,000 and "test" 10,000 sequences `(length, 1)`
 ) -> dict[str, Batch]:
     "Sequential or permuted MNIST."
 
@@ -100,7 +102,11 @@ def mnist(
         return Batch(x[..., None], None, labels.long())
 
     train, valid = hold_out(read("train"))
-    return dict(train=train, valid=valid, test=read("t10k"))
+    splits = dict(train=train, valid=valid, test=read("t10k"))
+    if length == 784:
+        return splits
+    some = {part: b.first(limit or len(b.labels)) for part, b in splits.items()}
+    return {part: resized(b, length) for part, b in some.items()}
 
 
 # %% ../../nbs/mnist.ipynb #0d1811b0
@@ -110,10 +116,11 @@ _BLACK = -0.1307 / 0.3081
 register_task(
     "smnist",
     Task(
-        lambda root, **_: mnist(root),
+        lambda root, limit=None, length=784, **_: mnist(root, False, length, limit),
         10,
         in_features=1,
         max_len=784,
+        any_length=True,
         augments=dict(shift=shift(_BLACK)),
         coarse=coarse,
         presets=dict(cpu=CPU),
