@@ -7,10 +7,12 @@ from las_nb.mixers import LaSVariant
 from las_nb.mixers.variant import filter_keys
 from las_nb.mixers import Attention, Local
 from las_nb.las import las_weights
+from las_nb.locality import decayed_scores
 from las_nb.mixers import LaSAttention
 from las_nb.model import LaSTransformer
 from las_nb.tasks import Batch, bounds, load_task
 from las_nb.tasks.probes import ORDERS, PROBES, probe
+from las_nb.smoothing import window_weights
 from las_nb.lengths import lengths_main, score_at, stretched
 from las_nb.settings import Lengths
 from las_nb.train import attention_entropy, load_run, train
@@ -123,6 +125,36 @@ def test_rotary_is_that_of_attention(kind):
     torch.testing.assert_close(a(noise(2, 40, 16)), b(noise(2, 40, 16)))
 
 
+@pytest.mark.parametrize("pool", ["scores", "weights"])
+@pytest.mark.parametrize("window", [2, 3, (0.2, 0.5, 0.3), 50])
+def test_centred_windows_are_means_of_what_is_seen(window, pool):
+    "Written down key by key; and the future moves nothing."
+    layer = LaSVariant(8, 2, 0.3, window, pool, align="centred").double()
+    x = noise(1, 12, 8)
+    got = layer.weights(x)[0]
+    q, k, _ = layer.heads(x)
+    e = decayed_scores(q, k, layer.rates)[0]
+    w = window_weights(window).tolist()
+    ahead = len(w) // 2
+    want = torch.zeros_like(got)
+    for i in range(12):
+        a = e[:, i, : i + 1].softmax(-1)
+        pooled = torch.zeros(2, i + 1, dtype=torch.float64)
+        for j in range(i + 1):  # the window of key j, as far as i sees it
+            inside = {j + ahead - t: w[t] for t in range(len(w))}
+            inside = {n: u for n, u in inside.items() if 0 <= n <= i}
+            total = sum(inside.values()) / sum(w)
+            for n, u in inside.items():
+                if pool == "scores":
+                    pooled[:, j] += u / total * e[:, i, n]
+                else:
+                    pooled[:, n] += u / total * a[:, j]
+        want[:, i, : i + 1] = pooled.softmax(-1) if pool == "scores" else pooled
+    torch.testing.assert_close(got, want)
+    y = torch.cat([x[:, :7], noise(1, 5, 8, seed=2)], 1)
+    torch.testing.assert_close(layer(y)[:, :7], layer(x)[:, :7], rtol=0, atol=0)
+
+
 def test_rotary_las_is_its_matrices():
     own = dict(max_rate=0.5, window=3, rotary=True)
     a, b = twins(LaSAttention(16, 4, **own), LaSVariant(16, 4, **own))
@@ -138,6 +170,8 @@ def test_rotary_las_is_its_matrices():
         (dict(reach=0), "reach must be"),
         (dict(learn="filter", pool="weights"), "use pool='scores'"),
         (dict(spacing="log"), "spacing"),
+        (dict(align="ahead"), "align must be"),
+        (dict(align="centred", learn="filter"), "use align='back'"),
     ],
 )
 def test_wrong_variants_are_explained(options, says):
