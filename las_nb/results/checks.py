@@ -248,9 +248,12 @@ def _other_bias(results: Path) -> Finding:
     models = _four_models(results)
     what = "attention with sinusoidal positions minus LaS without"
     found = versus(models["plain + positions"], models["LaS"], what)
-    rotary, las = _digits(results, "laptop", "attention-rotary", "las")
-    other = versus(rotary, las, "with rotary positions")
-    return found._replace(said=f"{found.said}; in another grid, {other.said}")
+    las, *others = _digits(
+        results, "laptop", "las", "attention-sinusoidal", "attention-rotary"
+    )
+    kinds = ("sinusoidal", "rotary")
+    more = [versus(s, las, kind).said for kind, s in zip(kinds, others)]
+    return found._replace(said=f"{found.said}; in another grid {', '.join(more)}")
 
 
 # %% ../../nbs/checks.ipynb #c794811e
@@ -269,7 +272,9 @@ def _beats_linear_peers(results: Path) -> Finding:
 @check
 def _beats_plain(results: Path) -> Finding:
     "Without positions, is LaS above plain attention?"
-    return versus(*_digits(results, "ablation", "both", "none"), "LaS minus attention")
+    small = versus(*_digits(results, "ablation", "both", "none"), "two blocks")
+    labels = "las", "attention-none"
+    return every([small, versus(*_digits(results, "laptop", *labels), "four blocks")])
 
 
 @check
