@@ -299,6 +299,7 @@ def _needs_no_positions(results: Path) -> Finding:
     return versus(*_digits(results, "laptop", *labels), "LaS without minus LaS with")
 
 
+# %% ../../nbs/checks.ipynb #6dd2b604
 @check
 def _full_mnist(results: Path) -> Finding:
     "On all of sequential MNIST, without positions, is LaS above plain attention?"
@@ -321,7 +322,7 @@ def _best_at_motif(results: Path) -> Finding:
     return versus(motif["las-pos"], motif["attention-rotary"], what)
 
 
-# %% ../../nbs/checks.ipynb #1a6ba2ff
+# %% ../../nbs/checks.ipynb #35a9fcc8
 @check
 def _part_by_part(results: Path) -> Finding:
     "Does each part help plain attention by itself?"
@@ -380,7 +381,7 @@ def _spacing(results: Path) -> Finding:
     return versus(*_digits(results, "ablation", *labels), "geometric minus uniform")
 
 
-# %% ../../nbs/checks.ipynb #a4e53eec
+# %% ../../nbs/checks.ipynb #24d3d99e
 @check
 def _gains_with_context(results: Path) -> Finding:
     "Is the lead of LaS larger at 64 keys than at 4?"
@@ -421,7 +422,7 @@ def _mirror(results: Path) -> Finding:
     return Finding(exact(moved < 1e-4), f"logits differ by {moved:.0e}")
 
 
-# %% ../../nbs/checks.ipynb #b758f801
+# %% ../../nbs/checks.ipynb #6b0fb0be
 @check
 def _reads_pairs(results: Path) -> Finding:
     "On needle and recall, is LaS above attention, both with sinusoidal positions?"
@@ -461,7 +462,7 @@ def _stretch(results: Path) -> Finding:
     return told._replace(said=f"{told.said}; {up} of 3 seeds gain")
 
 
-# %% ../../nbs/checks.ipynb #607dd0f0
+# %% ../../nbs/checks.ipynb #a196ee3f
 _RATES, _WINDOWS = (0.0001, 0.001, 0.01, 0.1, 1.0), (1, 3, 7, 15)
 _SWEPT = ("motif", "copying", "digits")
 
@@ -500,7 +501,7 @@ def _wide_blurs(results: Path) -> Finding:
     return Finding(found.verdict, f"{found.said}, over {len(_RATES)} pairs of cells")
 
 
-# %% ../../nbs/checks.ipynb #af3d109f
+# %% ../../nbs/checks.ipynb #61096650
 @check
 def _fast_hurts(results: Path) -> Finding:
     "With one rate for all heads, is the slower one better?"
@@ -554,7 +555,7 @@ def _fast_averages(results: Path) -> Finding:
     return Finding(exact(fast > 256), said)
 
 
-# %% ../../nbs/checks.ipynb #6160e2af
+# %% ../../nbs/checks.ipynb #bc58c93b
 @check
 def _one_token(results: Path) -> Finding:
     "On short ListOps, is every attention within 3 points of the root operator alone?"
@@ -590,7 +591,7 @@ def _local_heads(results: Path) -> Finding:
     return Finding(exact(low > even), f"{said}; an even share {even:.2f}")
 
 
-# %% ../../nbs/checks.ipynb #6b5dc9cb
+# %% ../../nbs/checks.ipynb #c2403d40
 def _cases(results: Path, *names: str) -> list[dict[str, Any]]:
     "The cases of some benchmarks."
     files = [json.loads((results / f"{name}.json").read_text()) for name in names]
@@ -639,7 +640,7 @@ def _slow_rates_gain_nothing(results: Path) -> Finding:
     return Finding(exact(good), said)
 
 
-# %% ../../nbs/checks.ipynb #b9c43b9a
+# %% ../../nbs/checks.ipynb #e54134e7
 @check
 def _cheap_models(results: Path) -> Finding:
     "At max_rate 0.001, does a whole model train as fast as with plain attention?"
@@ -681,7 +682,7 @@ def _adds_nothing(results: Path) -> Finding:
     return Finding(exact(las == plain), said)
 
 
-# %% ../../nbs/checks.ipynb #917886c1
+# %% ../../nbs/checks.ipynb #19a2fba0
 @check
 def _promise(results: Path) -> Finding:
     "Is every measured error within `tol`?"
@@ -733,7 +734,7 @@ def _good_plan(results: Path) -> Finding:
     return Finding(exact(worst < 1.2), said)
 
 
-# %% ../../nbs/checks.ipynb #2d34a893
+# %% ../../nbs/checks.ipynb #9913b32d
 def _random_heads() -> list[torch.Tensor]:
     "Queries, keys, values `(2, 4, 40, 8)` in double precision."
     random = torch.Generator().manual_seed(0)
