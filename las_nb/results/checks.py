@@ -77,7 +77,7 @@ def exact(
 def versus(
     a: Scores,  # claimed to be higher
     b: Scores,
-    what: str,  # such as "`las` minus `linear`"
+    what: str,  # how it is said, such as "LaS minus attention"
     unit: str = "points",
 ) -> Finding:
     "Is a above b? By the paired difference of their seeds, and its 95 % interval."
