@@ -127,6 +127,7 @@ def _measured_lengths(
     return found
 
 
+# %% ../nbs/10_questions.ipynb #840b969e
 def _kept_run(
     run: Path,  # a run's folder, or weights that are kept beside their record
 ) -> tuple[LaSTransformer, Recipe]:  # in eval mode, on the CPU
