@@ -31,7 +31,7 @@ from ..short_convolution import ShortConvolution
 from ..smoothing import window_sides, window_sum
 
 
-# %% ../../nbs/relatives.ipynb #022d0c88
+# %% ../../nbs/relatives.ipynb #3261e629
 class Gated(SelfAttention):
     """Causal attention whose scores are changed by gates from the input; O(L²) time and
     memory. Subclasses say how, in `scores`."""
@@ -66,17 +66,15 @@ class Gated(SelfAttention):
         "The scores `(B, H, L, L)`, with minus infinity for keys that come later."
         raise NotImplementedError
 
-
-# %% ../../nbs/relatives.ipynb #8852db26
-@patch
-def weights(
-    self: Gated, x: torch.Tensor, lengths: torch.Tensor | None = None
-) -> torch.Tensor:
-    "The attention matrices of `x` `(B, L, dim)`: `(B, H, L, L)`."
-    q, k, _ = self.heads(x, lengths)
-    return self.scores(q, k, self.log_gates(x, lengths)).softmax(-1)
+    def weights(
+        self, x: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        "The attention matrices of `x` `(B, L, dim)`: `(B, H, L, L)`."
+        q, k, _ = self.heads(x, lengths)
+        return self.scores(q, k, self.log_gates(x, lengths)).softmax(-1)
 
 
+# %% ../../nbs/relatives.ipynb #58666cc1
 @patch
 def forward(
     self: Gated,
