@@ -29,12 +29,17 @@ NAMES = [
     "hyena",
     "mega",
     "las-variant",
+    "wall",
+    "fox",
+    "mta",
+    "canon",
 ]
+ONE_WAY = ("hyena", "las-variant", "wall", "fox")
 WAYS = [
     (n, c)
     for n in NAMES
     for c in (True, False)
-    if (n, c) not in (("linformer", True), ("hyena", False), ("las-variant", False))
+    if (n, c) != ("linformer", True) and (c or n not in ONE_WAY)
 ]
 SMALL = {
     "las-chunk": dict(chunk=7),

@@ -25,6 +25,15 @@ __all__ = [
     "Hyena",
     "EMA",
     "Mega",
+    "Gated",
+    "Wall",
+    "Fox",
+    "MultiToken",
+    "Canon",
+    "wall_scores",
+    "fox_scores",
+    "filter_steps",
+    "attention_map",
     "influence",
     "linear_attention",
     "orthogonal_directions",
@@ -40,6 +49,9 @@ from .linear import orthogonal_directions
 from .convolution import LongConv, S4D, SGConv, Hyena
 from .mega import EMA, Mega
 from .variant import LaSVariant
+from .relatives import Canon, Fox, Gated, MultiToken, Wall
+from .relatives import attention_map, filter_steps, fox_scores
+from .relatives import wall_scores
 
 # %% ../../nbs/room_mixers.ipynb #de28d4cf
 _all_ = [
@@ -64,6 +76,15 @@ _all_ = [
     "Hyena",
     "EMA",
     "Mega",
+    "Gated",
+    "Wall",
+    "Fox",
+    "MultiToken",
+    "Canon",
+    "wall_scores",
+    "fox_scores",
+    "filter_steps",
+    "attention_map",
     "influence",
     "linear_attention",
     "orthogonal_directions",
