@@ -10,7 +10,7 @@ from las_nb.model import LaSTransformer
 from las_nb.race import core_minutes, race_records, race_table, read_race
 from las_nb.short_convolution import ShortConvolution, short_convolution
 from las_nb.tasks import TASKS, Batch, Task, register_task
-from las_nb.tasks.augment import coarse, mirror, shift
+from las_nb.tasks.augment import COARSE, coarse, fewer_rows, mirror, shift
 from las_nb.tasks.digits import small_digits
 from las_nb.tasks.listops import evaluate, listops, shuffle_arguments, VOCAB
 from las_nb.train import Stopped, Trainer, build, load_run, preset, score, train
@@ -132,6 +132,8 @@ def test_pictures_are_mirrored_and_made_coarse():
     small = coarse(Batch(x, None, None)).inputs
     want = x.view(100, 2, 2, 2, 2).mean((2, 4)).view(100, 4, 1)
     torch.testing.assert_close(small, want)
+    low = fewer_rows(4)(Batch(x, None, None)).inputs
+    torch.testing.assert_close(low, x.view(100, 4, 4, 1).mean(1))
     with pytest.raises(ValueError, match="no square pictures: 12 steps"):
         coarse(Batch(torch.rand(2, 12, 1), None, None))
 
@@ -162,6 +164,7 @@ LATER = dict(
     epoch_size=70,
     augment="shift+mirror",
     coarse_epochs=2,
+    coarse="few-rows",
 )
 
 
@@ -169,7 +172,7 @@ LATER = dict(
 def pictures():
     "The 8x8 digits, as a task of pictures."
     changes = dict(shift=shift(reach=1), mirror=mirror)
-    about = TASKS["digits"]._replace(augments=changes, coarse=coarse)
+    about = TASKS["digits"]._replace(augments=changes, coarse=COARSE)
     register_task("pictures", about)
     yield
     TASKS.pop("pictures")
@@ -291,6 +294,11 @@ def test_the_first_step_is_the_first_mean():
 def test_settings_that_cannot_be(changes, says):
     with pytest.raises(ValueError, match=says):
         build(preset("digits", **changes))
+
+
+def test_unknown_ways_to_be_coarse_are_named():
+    with pytest.raises(ValueError, match="did you mean rows"):
+        preset("smnist", coarse_epochs=1, coarse="row")
 
 
 def test_unknown_augmentations_are_named():

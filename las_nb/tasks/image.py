@@ -10,7 +10,7 @@ import contextlib, io, os, tempfile
 from pathlib import Path
 from typing import Any
 from .._util import DataError
-from .augment import coarse, mirror, shift
+from .augment import COARSE, mirror, shift
 from ._files import alone, download, encoded, made_or_official
 from .arena import ARENA, refuse_size
 from .sequences import Sequences
@@ -173,7 +173,7 @@ register_task(
         in_features=1,
         make=_make_image,
         augments=dict(shift=shift(), mirror=mirror),
-        coarse=coarse,
+        coarse=COARSE,
         presets=ARENA["image"],
     ),
 )

@@ -10,7 +10,7 @@ import gzip, os, socket, tempfile
 import torch
 from pathlib import Path
 from .._util import DataError
-from .augment import coarse, resized, shift
+from .augment import COARSE, resized, shift
 from .sequences import Batch, hold_out, shuffled
 from .task import Task, register_task
 
@@ -122,7 +122,7 @@ register_task(
         max_len=784,
         any_length=True,
         augments=dict(shift=shift(_BLACK)),
-        coarse=coarse,
+        coarse=COARSE,
         presets=dict(cpu=CPU),
     ),
 )

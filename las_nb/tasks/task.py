@@ -46,8 +46,8 @@ class Task(NamedTuple):
     perfect: Callable[..., torch.Tensor] | None = None
     # name -> (batch, generator) -> another batch with the same answers
     augments: dict[str, Callable[..., Batch]] = {}
-    # a batch -> the same at half the resolution, where there is one
-    coarse: Callable[[Batch], Batch] | None = None
+    # name -> a batch -> the same in fewer steps, where that can be had
+    coarse: dict[str, Callable[[Batch], Batch]] = {}
     # name -> settings of a Recipe, see las_nb.train
     presets: dict[str, dict[str, Any]] = {}
 

@@ -515,9 +515,10 @@ def gradients(
 # %% ../../nbs/18_train.ipynb #0d1fe658
 @patch
 def sized(self: Trainer, batch: Batch) -> Batch:
-    "Sequences as this epoch reads them: at half resolution in coarse epochs."
-    if self.epoch < self.recipe.data.coarse_epochs:
-        return TASKS[self.recipe.task].coarse(batch)
+    "Sequences as this epoch reads them: in fewer steps in coarse epochs."
+    data = self.recipe.data
+    if self.epoch < data.coarse_epochs:
+        return TASKS[self.recipe.task].coarse[data.coarse](batch)
     return batch
 
 

@@ -41,10 +41,13 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"{recipe.task} has sequences of its own length: leave length out"
         )
-    if recipe.data.coarse_epochs and TASKS[recipe.task].coarse is None:
+    ways = TASKS[recipe.task].coarse
+    if recipe.data.coarse_epochs and not ways:
         raise ValueError(
             f"{recipe.task} has no form at half resolution: leave coarse_epochs out"
         )
+    if recipe.data.coarse_epochs:
+        check_choice("coarse", recipe.data.coarse, tuple(ways))
     augments(recipe)
     _mixer_arguments(recipe)
 
@@ -213,7 +216,7 @@ _LATER = dict(
         "early_epochs",
         "early_batch_size",
     ),
-    data=("epoch_size", "augment", "coarse_epochs"),
+    data=("epoch_size", "augment", "coarse_epochs", "coarse"),
 )
 
 
