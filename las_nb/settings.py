@@ -153,7 +153,8 @@ class Data:
     # what changes training sequences but not their answers, such as shift+mirror
     augment: str | None = None
     coarse_epochs: int = 0  # first epochs with fewer steps, in tasks of pictures
-    # of how many: square (half of both sides), rows (half of them), few-rows (a quarter)
+    # of how many: square (half of both sides), rows (half of them), few-rows (a
+    # quarter)
     coarse: str = "square"
 
     def __post_init__(self) -> None:
