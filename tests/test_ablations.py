@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 import pytest, torch
 from las_nb.mixers import LaSVariant
 from las_nb.mixers.variant import filter_keys
@@ -420,3 +421,15 @@ def test_lengths_may_be_read_with_stretched_rates(tmp_path):
     model, _ = load_run(run)
     wanted = score_at(stretched(model, 2.0), "needle", 128, 15)
     assert wanted == (slow["128"]["right"], slow["128"]["n"])
+
+
+def test_weights_kept_beside_their_record_are_read(tmp_path):
+    "The book's own have no recipe in their folder."
+    kept = Path(__file__).parents[1] / "nbs" / "results" / "memory"
+    assert not (kept / "needle-las-0" / "recipe.json").exists()
+    asked = dict(only="needle-las-0", lengths="64", tokens=6400, cpu=True)
+    lengths_main(Lengths(str(kept), results=str(tmp_path), **asked))
+    found = json.loads((tmp_path / "lengths.json").read_text())["runs"]
+    measured = found["needle-las-0"]
+    assert measured["trained_at"] == 64
+    assert measured["found"]["64"]["right"] > 90  # of a hundred
