@@ -196,3 +196,19 @@ def test_command(tmp_path):
             and says in done.stderr
             and done.stderr.count("\n") == 1
         )
+
+
+def test_digits_come_at_any_resolution(tiny):
+    whole = load_task("smnist", tiny)["test"].inputs
+    pixels = whole[:7].view(7, 1, 28, 28)
+    half = load_task("smnist", tiny, limit=7, length=196)["test"].inputs
+    want = torch.nn.functional.interpolate(
+        pixels, (14, 14), mode="bilinear", antialias=True
+    )
+    torch.testing.assert_close(half, want.view(7, 196, 1))
+    same = load_task("smnist", tiny, length=784)["test"].inputs
+    assert torch.equal(same, whole)
+    with pytest.raises(ValueError, match="square number"):
+        load_task("smnist", tiny, length=200)
+    with pytest.raises(ValueError, match="pmnist has sequences of its own length"):
+        load_task("pmnist", tiny, length=196)
