@@ -186,9 +186,11 @@ def summary(record: dict[str, Any]) -> str:
     "A finished run in one line."
     floors = record.get("trivial", {})  # older records have none
     floor = "; ".join(f"{name} alone {score:.1f} %" for name, score in floors.items())
+    bits = record.get("bits_per_byte")
+    text = f"{bits:.3f} bits per byte, " if bits else ""
     return (
         f"{record['name']}{' (on a SAMPLE)' * record.get('sample', False)}: test "
-        f"{record['test']:.2f} %{f' ({floor})' * bool(floor)}, valid "
+        f"{text}{record['test']:.2f} %{f' ({floor})' * bool(floor)}, valid "
         f"{record['valid']:.2f} % after {record['epochs']} epochs; "
         f"{record['params']:,} parameters, "
         f"{record['seconds_per_epoch']:.1f} s per epoch, {record['tokens_per_s']:,.0f} "

@@ -45,8 +45,11 @@ def _eval(asked: settings.Eval, given: list[str]) -> None:
 
         return score(asked.checkpoint, asked.split, asked.root, asked.cpu)
 
-    percent, n = guarded(call, "")
-    print(f"{asked.checkpoint}: {asked.split} {percent:.2f} % of {n:,} sequences")
+    found = guarded(call, "")
+    of = f"{found['accuracy']:.2f} % of {found['n']:,} sequences"
+    if bits := found.get("bits_per_byte"):
+        of = f"{bits:.3f} bits per byte, {of}"
+    print(f"{asked.checkpoint}: {asked.split} {of}")
 
 
 # %% ../nbs/cli.ipynb #8e766c79

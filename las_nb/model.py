@@ -11,6 +11,7 @@ __all__ = [
     "Block",
     "Pretrained",
     "Inputs",
+    "Trunk",
     "Encoder",
     "LaSTransformer",
     "pool_positions",
@@ -383,22 +384,16 @@ def _block_of(
 
 
 # %% ../nbs/06_model.ipynb #96f21edb
-class Encoder(Inputs):
-    "Vectors pass the blocks; one answer for every sequence, or pair of sequences."
+class Trunk(Inputs):
+    "Vectors pass the blocks: one vector for every position."
 
-    readout: str
-    pairs: bool
     blocks: nn.ModuleList
     norm: MaskedBatchNorm | PositionNorm | None
-    head: nn.Sequential | nn.Linear
 
     def __init__(self, config: dict[str, Any]):  # config: as of LaSTransformer
         super().__init__(config)
-        c, dim = config, config["dim"]
-        self.readout, self.pairs = c["readout"], c["pairs"]
-        self.blocks = nn.ModuleList(_block_of(config) for _ in range(c["depth"]))
-        self.norm = NORMS[c["norm"]](dim) if c["prenorm"] else None
-        self.head = _answer_head(dim, c["n_classes"], self.pairs)
+        self.blocks = nn.ModuleList(_block_of(config) for _ in range(config["depth"]))
+        self.norm = NORMS[config["norm"]](config["dim"]) if config["prenorm"] else None
 
     def features(
         self,
@@ -423,12 +418,29 @@ class Encoder(Inputs):
             x = block(x, lengths)
         return maps
 
+
+# %% ../nbs/06_model.ipynb #3667b766
+class Encoder(Trunk):
+    "One answer for every sequence, pair of sequences, or position."
+
+    readout: str
+    pairs: bool
+    head: nn.Sequential | nn.Linear | None  # None: products with the embedding
+
+    def __init__(self, config: dict[str, Any]):  # config: as of LaSTransformer
+        super().__init__(config)
+        self.readout, self.pairs, self.head = config["readout"], config["pairs"], None
+        if not config.get("tied"):
+            self.head = _answer_head(config["dim"], config["n_classes"], self.pairs)
+
     def forward(
         self,
         inputs: torch.Tensor,  # as above; of pairs with an axis of 2 after the first
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`; of pairs `(B, 2)`
-    ) -> torch.Tensor:  # logits `(B, n_classes)`
-        "One answer per sequence, or pair of sequences."
+    ) -> torch.Tensor:  # logits `(B, n_classes)`; `(B, L, n_classes)` for "every"
+        "One answer per sequence, pair of sequences, or position."
+        if self.readout == "every":
+            return self.answers(self.features(inputs, lengths))
         if not self.pairs:
             return self.head(self.read(inputs, lengths))  # (B, dim) -> (B, n_classes)
         _check_pairs(inputs)
@@ -436,6 +448,15 @@ class Encoder(Inputs):
         x = self.read(inputs.flatten(0, 1), lengths)  # (2 * B, L, ...) -> (2 * B, dim)
         u, v = x.unflatten(0, (-1, 2)).unbind(1)  # (2 * B, dim) -> 2 x (B, dim)
         return self.head(torch.cat([u, v, u - v, u * v], -1))  # (B, 4 * dim) -> ...
+
+    def answers(
+        self,
+        x: torch.Tensor,  # features `(..., dim)`
+    ) -> torch.Tensor:  # logits `(..., n_classes)`
+        "From vectors to logits; tied, by products with the embedding of every token."
+        if self.head is not None:
+            return self.head(x)
+        return nn.functional.linear(x * x.shape[-1] ** -0.5, self.embed.weight)
 
     def read(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         "One vector per sequence; `lengths` become one tensor, see key_mask."
@@ -455,7 +476,7 @@ def _check_arguments(given: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
     if given["depth"] > 10_000:
         raise ValueError(f"depth must be at most 10,000; got {given['depth']}")
-    for name in ("prenorm", "pairs", "causal"):
+    for name in ("prenorm", "pairs", "causal", "tied"):
         if type(given[name]) is not bool:
             raise ValueError(f"{name} must be True or False; got {given[name]!r}")
     vocab, in_features = given["vocab"], given["in_features"]
@@ -469,13 +490,21 @@ def _check_arguments(given: dict[str, Any]) -> None:
     kinds = (None, "sinusoidal", "learned", "rotary")
     check_choice("positions", given["positions"], kinds)
     check_choice("norm", given["norm"], tuple(NORMS))
-    check_choice("readout", given["readout"], ("mean", "last"))
+    check_choice("readout", given["readout"], ("mean", "last", "every"))
+    every = given["readout"] == "every"
+    if every and (given["pairs"] or not given["causal"]):
+        raise ValueError("an answer at every position is for causal models, not pairs")
+    if given["tied"] and (not every or vocab != given["n_classes"]):
+        raise ValueError(
+            "tied is for readout='every', with as many classes as there are tokens"
+        )
 
 
 # %% ../nbs/06_model.ipynb #f0426cd5
 class LaSTransformer(Encoder):
-    """A transformer that classifies sequences, with LaS attention or any other `mixer`;
-    `max_rate=0, window=1` makes it plain.
+    """A transformer that classifies sequences, or with `readout="every"` says at each
+    position what comes next, with LaS attention or any other `mixer`; `max_rate=0,
+    window=1` makes it plain.
 
     Give `vocab` for token inputs `(B, L)` or `in_features` for value inputs `(B, L,
     in_features)`; with `pairs` both have an axis of two after the first. Sequences may
@@ -495,7 +524,8 @@ class LaSTransformer(Encoder):
         positions: str | None = None,
         norm: str = "layer",  # "layer" or "batch"
         prenorm: bool = True,  # pre-norm or post-norm blocks
-        readout: str = "mean",  # "mean" over true positions or the "last" one
+        # "mean" over true positions, the "last" one, or "every": an answer at each
+        readout: str = "mean",
         dropout: float = 0.0,  # in every block, while training
         max_len: int = 1024,  # longest sequence, where something has a fixed length
         pairs: bool = False,  # classify pairs of sequences, each read apart
@@ -504,6 +534,7 @@ class LaSTransformer(Encoder):
         # steps of a short convolution before every mixer; None = there is none
         conv: int | None = None,
         input_conv: int | None = None,  # the same after the embedding
+        tied: bool = False,  # logits are products with the embedding of tokens
         mixer: str = "las",  # the layer that mixes positions: a key of MIXERS
         **options: Any,  # of the mixer; of "las": max_rate, window, pool, ...
     ):

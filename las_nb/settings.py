@@ -50,11 +50,13 @@ class Model:
     positions: Literal["sinusoidal", "learned", "rotary"] | None = None
     norm: Literal["batch", "layer"] = "batch"  # before or after every step of a block
     prenorm: bool = True  # pre-norm, else post-norm
-    readout: Literal["mean", "last"] = "mean"  # mean over positions, or the last one
+    # mean over positions, the last one, or an answer at every position
+    readout: Literal["mean", "last", "every"] = "mean"
     dropout: float = 0.0  # share dropped in every block
     feedforward: int | None = None  # hidden width of feed-forward nets; none = 4 dim
     conv: int | None = None  # steps of a short convolution before every mixer; or none
     input_conv: int | None = None  # the same after the embedding
+    tied: bool = False  # logits are products with the embedding of tokens
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -156,12 +158,16 @@ class Data:
     # of how many: square (half of both sides), rows (half of them), few-rows (a
     # quarter)
     coarse: str = "square"
+    # text to learn in place of the task's: a UTF-8 file, or a folder of them
+    path: str | None = None
+    tokens: int | None = None  # vocabulary of byte-pair encoding; none = bytes
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_number(self, "limit", 1)
         _check_number(self, "epoch_size", 1)
         _check_number(self, "coarse_epochs", 0)
+        _check_number(self, "tokens", 257)
         if not 0 < self.share <= 1:
             raise ValueError(
                 f"share must lie above 0 and be at most 1; got {self.share}"
@@ -253,7 +259,7 @@ def _check_number(settings: Any, name: str, low: float, above: bool = False) -> 
 
 # %% ../nbs/settings.ipynb #2ba333ac
 _GROUPS = dict(model=Model, mixer=Mixer, optimizer=Optimizer, data=Data)
-LONG = dict(model="mixer.name", mixer_options="mixer.options")
+LONG = dict(model="mixer.name", mixer_options="mixer.options", data="data.path")
 
 
 def short_names() -> dict[str, str]:  # such as dim -> model.dim
@@ -263,7 +269,8 @@ def short_names() -> dict[str, str]:  # such as dim -> model.dim
         for f in dataclasses.fields(kind):
             if f"{group}.{f.name}" not in LONG.values():
                 names[f.name] = f"{group}.{f.name}"
-    return names | dict(mixer_options="mixer.options", seed="seed", preset="preset")
+    names |= {name: long for name, long in LONG.items() if name not in names}
+    return names | dict(seed="seed", preset="preset")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:  # short name -> value

@@ -193,7 +193,7 @@ def test_all_at_once_goes_on_bit_for_bit(pictures, tmp_path):
     a, b = (load_run(tmp_path / n)[0].state_dict() for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert record["curve"] == whole["curve"] and record["test"] == whole["test"]
-    assert score(tmp_path / "a")[0] == pytest.approx(whole["test"])
+    assert score(tmp_path / "a")["accuracy"] == pytest.approx(whole["test"])
     seconds = record["cost"]["seconds"]
     assert len(seconds) == 3 and seconds == sorted(seconds) and seconds[0] > 0
     assert all(unit > 0 for unit in record["cost"]["unit"])

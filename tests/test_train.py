@@ -189,9 +189,10 @@ def test_a_run_leaves_everything(whole):
         and record["tokens_per_s"] > 100
     )
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG" and not checkpoints(out)
-    assert score(out) == (pytest.approx(record["test"]), 96) and score(out, "valid")[
-        0
-    ] == pytest.approx(record["valid"])
+    found = score(out)
+    assert found["accuracy"] == pytest.approx(record["test"]) and found["n"] == 96
+    assert found["nats"] == pytest.approx(record["nats"], abs=1e-5)
+    assert score(out, "valid")["accuracy"] == pytest.approx(record["valid"])
 
 
 def test_it_learns(tmp_path):
@@ -295,7 +296,7 @@ def test_cut_by_the_clock_anywhere(whole, tmp_path):
             cuts += 1
         # a cut run can be looked at
         if cuts == 1:
-            assert 0 <= score(tmp_path / "r")[0] <= 100
+            assert 0 <= score(tmp_path / "r")["accuracy"] <= 100
         assert cuts < 40 and 1 <= len(checkpoints(tmp_path / "r")) <= 2
     # at every step and every batch of an evaluation, and always a little further
     assert cuts == 2 * 3 + 2 * 1 + 3
@@ -855,7 +856,7 @@ def test_two_processes_with_batchnorm_and_few_steps(tmp_path):
         env=env,
     )
     assert done.returncode == 0, done.stderr
-    assert score(tmp_path / "s")[0] == pytest.approx(
+    assert score(tmp_path / "s")["accuracy"] == pytest.approx(
         json.loads((tmp_path / "s" / "results.json").read_text())["test"]
     )
 

@@ -19,6 +19,8 @@ __all__ = [
     "reading_order",
     "shuffled",
     "hold_out",
+    "Windows",
+    "in_text",
     "data_root",
     "ARENA",
 ]
@@ -29,6 +31,7 @@ from .task import bounds, describe, trivial
 from .._util import DataError
 from .sequences import Batch, Sequences, batches, epoch_order
 from .sequences import reading_order, shuffled, hold_out
+from .windows import Windows, in_text
 from ._files import data_root
 from .arena import ARENA
 from las_nb.tasks import (
@@ -40,6 +43,7 @@ from las_nb.tasks import (
     retrieval,
     smnist,
     text,
+    windows,
 )
 
 # %% ../../nbs/room_tasks.ipynb #282ced42
@@ -59,6 +63,8 @@ _all_ = [
     "reading_order",
     "shuffled",
     "hold_out",
+    "Windows",
+    "in_text",
     "data_root",
     "ARENA",
 ]

@@ -360,9 +360,9 @@ def alone(root: Path) -> Iterator[None]:
 def download(
     url: str,
     path: Path,  # where the file shall lie
-    # what it must be; None where none is published: the one found is written beside it,
-    # as NAME.sha256
-    sha256: str | None = None,
+    # what it must be, sha256 or MD5; None where none is published: the sha256 found is
+    # written beside it, as NAME.sha256
+    checksum: str | None = None,
 ) -> Path:
     """Get a file, going on from what arrived before; raises `DataError` when it cannot
     be had or is not what it should be."""
@@ -377,16 +377,17 @@ def download(
             "the same command goes on from there; or get the file elsewhere and put it "
             f"at {path}"
         ) from None
+    kind = "md5" if checksum and len(checksum) == 32 else "sha256"
     with open(part, "rb") as f:
-        found = _file_digest(f)
-    if sha256 and found != sha256:
+        found = _file_digest(f, kind)
+    if checksum and found != checksum:
         part.unlink()
         raise DataError(
-            f"{url} is not what it was (its sha256 is {found[:16]}..., not "
-            f"{sha256[:16]}...) and was not kept; get the file elsewhere and put it at "
-            f"{path}"
+            f"{url} is not what it was (its {kind} is {found[:16]}..., not "
+            f"{checksum[:16]}...) and was not kept; get the file elsewhere and put it "
+            f"at {path}"
         )
-    if not sha256:
+    if not checksum:
         beside = path.with_name(f"{path.name}.sha256")
         replace_file(beside, f"{found}  {path.name}\n".encode())
     os.replace(part, path)
@@ -425,9 +426,9 @@ def _receive(url: str, part: Path, name: str) -> None:
 
 
 # %% ../../nbs/files.ipynb #322ba63f
-def _file_digest(file: IO[bytes]) -> str:  # sha256, as hexadecimal
+def _file_digest(file: IO[bytes], kind: str = "sha256") -> str:  # as hexadecimal
     "The checksum of an open file."
-    digest = hashlib.sha256()
+    digest = hashlib.new(kind)
     while chunk := file.read(1 << 22):
         digest.update(chunk)
     return digest.hexdigest()

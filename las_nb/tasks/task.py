@@ -37,6 +37,8 @@ class Task(NamedTuple):
     max_len: int = 1024  # longest sequence
     # may one choose how long sequences are? Then max_len is what they are otherwise
     any_length: bool = False
+    # may one bring a text of one's own, and learn a vocabulary?
+    any_text: bool = False
     # (root, size=, seed=, jobs=, sample=): write the data's files; None where there is
     # nothing to make
     make: Callable[..., tuple[Path, str]] | None = None
@@ -76,6 +78,8 @@ def load_task(
     sample: bool = False,
     seed: int = 0,  # of data that are generated
     length: int | None = None,  # steps per sequence, in tasks that let one choose
+    path: str | None = None,  # a text of one's own, in tasks of text
+    tokens: int | None = None,  # vocabulary of byte-pair encoding; None: bytes
 ) -> dict[str, Any]:  # "train", "valid", "test": each a Batch, or Sequences
     """The three splits of a task, on the device that trains.
 
@@ -87,9 +91,11 @@ def load_task(
         raise ValueError(f"there is no sample of {name}: its data are small already")
     if length is not None and not task.any_length:
         raise ValueError(f"{name} has sequences of its own length: leave length out")
+    own = dict(path=path, tokens=tokens)
+    if (path or tokens) and not task.any_text:
+        raise ValueError(f"{name} has data of its own: leave data and tokens out")
     options = dict(limit=limit, sample=sample, seed=seed)
-    if length is not None:
-        options["length"] = length
+    options |= {k: v for k, v in dict(length=length, **own).items() if v is not None}
     with torch.device("cpu"):  # whatever torch.set_default_device says
         splits = task.load(data_root(root), **options)
     if limit is not None:

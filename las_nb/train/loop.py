@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "UNIT",
+    "Sums",
     "Trainer",
     "unit_of_work",
     "attention_entropy",
@@ -18,7 +19,7 @@ import contextlib, hashlib, io, json, math, os, re, shutil, signal, sys, threadi
 import time, warnings
 import torch
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 from fastcore.basics import patch
 from .._util import EXTENSIONS, Stopped, TrainingError, at_home, check_choice
 from .._util import commit_id
@@ -29,15 +30,32 @@ from ..model import LaSTransformer, count_parameters
 from ..settings import Recipe, flat, read_recipe, stored
 from ..tasks import Batch, Sequences, TASKS, batches, bounds, reading_order
 from ..tasks.sequences import checksum
+from ..tasks.windows import in_text
 from .checkpoint import CannotWrite, InUse, NotFinite
 from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
 from .optim import batch_size, best_precision, learning_rate
 from .optim import moving_average, parameter_groups, plateau_drops
-from .optim import share_loss
+from .optim import share_loss, told
 from .recipe import augments, build, command_line, identity
 from .recipe import load_data, preset
 from .recipe import run_name
+
+
+# %% ../../nbs/18_train.ipynb #044575d8
+class Sums(NamedTuple):
+    "What an epoch adds up; of norm and worst the largest."
+
+    loss: Any  # of all answers, nats
+    hits: Any  # right answers
+    asked: Any  # answers
+    tokens: Any  # steps read
+    norm: Any  # of a gradient
+    worst: Any  # mean loss of a batch, nats
+    bad: Any  # the first step that was not finite, counted from 1; 0: none
+    right: Any  # right answers of an evaluation under way
+    nats: Any  # their loss
+    of: Any  # their number
 
 
 # %% ../../nbs/18_train.ipynb #3072c701
@@ -47,10 +65,10 @@ class _RunState:
     epoch: int  # epochs done
     step: int  # steps done in this epoch
     checked: int  # batches done of an evaluation under way
-    curve: dict[str, list[float]]  # by epoch: loss, train, valid, norm, worst
+    curve: dict[str, list[float]]  # by epoch: loss, train, valid, nats, norm, worst
     # by epoch: seconds (of one core, so far), unit (of work, see unit_of_work)
     cost: dict[str, list[float]]
-    sums: torch.Tensor  # `(7,)`, of this epoch so far; see learn
+    sums: torch.Tensor  # of this epoch so far: the numbers of Sums
     seconds: float  # of training
     cpu_before: float  # seconds of one core before this process; see cpu_seconds
     tokens: int  # read in the epochs done
@@ -98,7 +116,7 @@ class Trainer(_RunState):
     model: LaSTransformer
     # methods that cells below add
     run: Callable[[], dict[str, Any]]
-    evaluate: Callable[[str], float]
+    evaluate: Callable[[str], tuple[float, float]]
 
     def __init__(
         self,
@@ -301,12 +319,12 @@ def begin(self: Trainer) -> None:
     self.epoch, self.step, self.checked = 0, 0, 0
     self.seconds, self.cpu_before = 0.0, -time.process_time()
     self.tokens, self.peak = 0, 0
-    self.curve = dict(loss=[], train=[], valid=[], norm=[], worst=[])
+    self.curve = dict(loss=[], train=[], valid=[], nats=[], norm=[], worst=[])
     self.cost = dict(seconds=[], unit=[])
     self.commits, self.devices, self.precisions = [], [], []
     self.signal, self.asked = None, 0
     wide = torch.float32 if self.device.type == "mps" else torch.float64
-    self.sums = torch.zeros(7, dtype=wide, device=self.device)
+    self.sums = torch.zeros(len(Sums._fields), dtype=wide, device=self.device)
     if self.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -358,7 +376,7 @@ def cpu_seconds(self: Trainer) -> float:
 @patch
 def save(self: Trainer) -> None:
     "Write a checkpoint; the run can go on from it bit for bit."
-    loss, hits, tokens, right, norm, worst = self.look()
+    sums = self.look()
     if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
         raise NotFinite(
             f"the weights are not finite after step {self.done}; try a smaller --lr"
@@ -378,7 +396,7 @@ def save(self: Trainer) -> None:
             inputs=self.inputs,
             epoch=self.epoch,
             step=self.step,
-            sums=[loss, hits, 0, tokens, right, norm, worst],
+            sums=list(sums),
             checked=self.checked,
             curve=self.curve,
             cost=self.cost,
@@ -554,7 +572,10 @@ def learn(self: Trainer, batch: Batch) -> None:
     self.optimizer.zero_grad()
     if self.average:
         self.average.update_parameters(self.model)
-    loss = loss * whole / self.world
+    asked = weight * (batch.labels >= 0).sum()
+    # mean: loss of this process's share
+    norm, mean = norm.detach().to(self.sums), loss.detach()
+    loss = loss * whole * batch.labels[:1].numel() / self.world
     tokens = (
         batch.inputs.shape[1] * len(batch.labels)
         if batch.lengths is None
@@ -566,21 +587,17 @@ def learn(self: Trainer, batch: Batch) -> None:
         if self.accelerator.scaler
         else loss.isfinite() & norm.isfinite()
     )
-    # mean: loss of this process's share
-    norm, mean = norm.detach().to(self.sums), loss / whole * self.world
-    # counted from 1; 0: none
-    bad = torch.where((self.sums[2] == 0) & ~finite, float(self.done + 1), self.sums[2])
-    self.sums = torch.stack(
-        [
-            self.sums[0] + loss,
-            self.sums[1] + hits,
-            bad,
-            self.sums[3] + weight * tokens,
-            self.sums[4],
-            self.sums[5].maximum(norm.nan_to_num(0, 0)),
-            self.sums[6].maximum(mean.nan_to_num(0, 0)),
-        ]
+    now = Sums(*self.sums)
+    now = now._replace(
+        loss=now.loss + loss,
+        hits=now.hits + hits,
+        asked=now.asked + asked,
+        tokens=now.tokens + weight * tokens,
+        norm=now.norm.maximum(norm.nan_to_num(0, 0)),
+        worst=now.worst.maximum(mean.nan_to_num(0, 0)),
+        bad=torch.where((now.bad == 0) & ~finite, float(self.done + 1), now.bad),
     )
+    self.sums = torch.stack([x.to(self.sums) for x in now])
     self.step += 1
 
 
@@ -595,14 +612,11 @@ def rate(self: Trainer, step: int) -> float:
 
 # %% ../../nbs/18_train.ipynb #f608d4db
 @patch
-# of the epoch so far: loss (summed), hits, tokens, hits of an evaluation under way,
-# largest gradient, largest loss of a batch; over all processes
-def look(self: Trainer) -> tuple[float, ...]:
+def look(self: Trainer) -> Sums:  # over all processes
     "Read the sums; raise `NotFinite` when a loss or a gradient was not finite."
-    # (processes, 7)
-    loss, hits, bad, tokens, right, norm, worst = zip(
-        *self.accelerator.gather(self.sums[None]).tolist()
-    )
+    # (processes, sums)
+    found = Sums(*zip(*self.accelerator.gather(self.sums[None]).tolist()))
+    bad = found.bad
     if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 2**-10:
         bad = bad or (self.done,)
     if any(bad):
@@ -618,7 +632,8 @@ def look(self: Trainer) -> tuple[float, ...]:
             f"{self.rate(first - 1):.2g}); "
             f"try --lr {lr / 3:.1g}, a longer --warmup or a smaller --clip; {kept}"
         )
-    return sum(loss), sum(hits), sum(tokens), sum(right), max(norm), max(worst)
+    most = dict(norm=max(found.norm), worst=max(found.worst), bad=0.0)
+    return Sums(*map(sum, found))._replace(**most)
 
 
 # %% ../../nbs/18_train.ipynb #ce908b09
@@ -673,6 +688,15 @@ def unit_of_work() -> float:  # seconds of one core
     return min(times)
 
 
+# %% ../../nbs/18_train.ipynb #ac1edb9f
+@patch
+def said(self: Trainer, nats: float) -> str:
+    "A loss as the bar shows it: of text in bits per byte, of anything else in nats."
+    text = in_text(nats, self.data["train"])
+    bits = text.get("bits_per_byte")
+    return f"loss {nats:.3f}" if bits is None else f"{bits:.3f} bits/byte"
+
+
 # %% ../../nbs/18_train.ipynb #3c2e2589
 @patch
 def order(self: Trainer, size: int) -> torch.Tensor:  # `(in_epoch,)`
@@ -685,7 +709,7 @@ def order(self: Trainer, size: int) -> torch.Tensor:  # `(in_epoch,)`
 
 
 @patch
-def train_epoch(self: Trainer, bar: Any) -> tuple[float, ...]:  # as look
+def train_epoch(self: Trainer, bar: Any) -> Sums:  # as look
     "The steps of this epoch that are still to do."
     size, data = self.sizes[self.epoch], self.data["train"]
     order = self.order(size)
@@ -700,20 +724,20 @@ def train_epoch(self: Trainer, bar: Any) -> tuple[float, ...]:  # as look
         else:
             due = self.device.type == "cpu" or time.perf_counter() - looked > 0.5
         if due:
-            loss, hits, tokens, *_ = self.look()
+            sums = self.look()
             looked = time.perf_counter()
-            seen = min(self.step * size, len(order))
-            speed = (self.tokens + tokens) / (self.seconds + looked - start)
+            speed = (self.tokens + sums.tokens) / (self.seconds + looked - start)
+            loss, right = sums.loss / sums.asked, 100 * sums.hits / sums.asked
             bar.set_postfix_str(
-                f"epoch {self.epoch + 1}, loss {loss / seen:.3f}, accuracy "
-                f"{100 * hits / seen:.1f} %, {speed:,.0f} tokens/s",
+                f"epoch {self.epoch + 1}, {self.said(loss)}, accuracy {right:.1f} %, "
+                f"{speed:,.0f} tokens/s",
                 refresh=False,
             )
             if self.device.type != "cpu" or self.step % 10 == 0:
                 self.log(
                     {
-                        "loss (nats)": loss / seen,
-                        "train accuracy (%)": 100 * hits / seen,
+                        "loss (nats)": loss,
+                        "train accuracy (%)": right,
                         "learning rate": self.rate(self.done - 1),
                         "tokens/s": speed,
                     }
@@ -729,8 +753,8 @@ def train_epoch(self: Trainer, bar: Any) -> tuple[float, ...]:  # as look
 # %% ../../nbs/18_train.ipynb #ad86a91c
 @patch
 @torch.no_grad()
-def evaluate(self: Trainer, part: str) -> float:  # percent
-    "Accuracy on one of the splits."
+def evaluate(self: Trainer, part: str) -> tuple[float, float]:  # percent, nats
+    "Accuracy and mean loss on one of the splits."
     whole = self.world > 1 or self.average
     net = self.answering if whole else self.net
     # the running statistics of BatchNorm are those of the first process, which are
@@ -750,13 +774,13 @@ def evaluate(self: Trainer, part: str) -> float:  # percent
         with self.accelerator.autocast():
             if len(batch.labels):
                 batch = self.sized(batch)
-                answers = net(batch.inputs, batch.lengths).argmax(-1)
-                self.sums[4] += (answers == batch.labels).sum()
+                logits = net(batch.inputs, batch.lengths)
+                self.sums[-3:] += torch.stack(told(logits, batch.labels)).to(self.sums)
         self.checked += 1
         self.pause()
-    percent = 100 * self.look()[3] / len(self.data[part].labels)
-    self.sums[4], self.checked = 0, 0
-    return percent
+    sums = self.look()
+    self.sums[-3:], self.checked = 0, 0
+    return 100 * sums.right / sums.of, sums.nats / sums.of
 
 
 # %% ../../nbs/18_train.ipynb #bfdcbb4f
@@ -765,7 +789,7 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
     "Train to the end, test, and write weights, curves and results."
     from tqdm import tqdm
 
-    epochs, n = self.recipe.optimizer.epochs, self.in_epoch
+    epochs = self.recipe.optimizer.epochs
     # seconds; a log file needs fewer lines
     often = 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30
     bar = tqdm(
@@ -783,27 +807,28 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
     try:
         with _listening(self), bar:
             while self.epoch < epochs:
-                loss, hits, tokens, _, norm, worst = self.train_epoch(bar)
-                valid = self.evaluate("valid")
+                sums = self.train_epoch(bar)
+                valid, nats = self.evaluate("valid")
                 for key, value in dict(
-                    loss=loss / n,
-                    train=100 * hits / n,
+                    loss=sums.loss / sums.asked,
+                    train=100 * sums.hits / sums.asked,
                     valid=valid,
-                    norm=norm,
-                    worst=worst,
+                    nats=nats,
+                    norm=sums.norm,
+                    worst=sums.worst,
                 ).items():
                     self.curve[key].append(value)
                 self.cost["seconds"].append(self.cpu_seconds)
                 self.cost["unit"].append(unit_of_work())
                 self.log({"valid accuracy (%)": valid})
-                self.tokens += tokens
+                self.tokens += sums.tokens
                 self.sums = torch.zeros_like(self.sums)
                 self.epoch += 1
                 self.step = 0
                 if self.report:
                     self.first(lambda: self.report(self.progress_so_far()))
             self.save()  # the test may be cut as well
-            record = self.record(self.evaluate("test"))
+            record = self.record(*self.evaluate("test"))
             self.first(lambda: self.write(record))
         if self.signal:
             raise Stopped(
@@ -943,13 +968,16 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
 
 
 @patch
-def record(self: Trainer, test: float) -> dict[str, Any]:
-    """What is worth keeping of a finished run: its progress, its score on the test set,
-    floors and ceiling beside it, and how even its attention became."""
+def record(self: Trainer, test: float, nats: float) -> dict[str, Any]:
+    """What is worth keeping of a finished run: its progress, accuracy (percent) and
+    loss (nats) on the test set, floors and ceiling beside it, and how even its
+    attention became."""
     known = self.progress_so_far()
     floors, ceiling = bounds(self.recipe.task, self.data)
     return known | dict(
         test=test,
+        nats=nats,
+        **in_text(nats, self.data["test"]),
         finished=known.pop("written"),
         entropy=attention_entropy(self.answering, self.data["valid"]),
         trivial=floors,
@@ -1143,7 +1171,8 @@ def score(
     split: str = "test",  # "train", "valid" or "test"
     root: str | Path | None = None,  # where data files lie; see data_root
     cpu: bool = False,  # leave the GPU alone
-) -> tuple[float, int]:  # accuracy in percent, sequences
+    # accuracy in percent, n: sequences, nats: mean loss; of text also as in_text
+) -> dict[str, float]:
     "Accuracy of a stored model, on the data that its recipe names, in full precision."
     check_choice("split", split, ("train", "valid", "test"))
     model, recipe = load_run(path)
@@ -1154,8 +1183,9 @@ def score(
         warnings.warn(f"trained and tested on {then}; this is {now}", stacklevel=2)
     model = model.to(device)
     size = recipe.optimizer.at_once
-    right = sum(
-        (model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item()
-        for b in batches(data, size, reading_order(data, size))
-    )
-    return 100 * right / len(data.labels), len(data.labels)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for b in batches(data, size, reading_order(data, size)):
+        sums += torch.stack(told(model(b.inputs, b.lengths), b.labels)).to(sums)
+    right, nats, of = sums.tolist()
+    found = dict(accuracy=100 * right / of, n=len(data.labels), nats=nats / of)
+    return found | in_text(nats / of, data)

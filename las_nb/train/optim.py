@@ -8,6 +8,7 @@ __all__ = [
     "plateau_drops",
     "parameter_groups",
     "share_loss",
+    "told",
     "moving_average",
     "batch_size",
     "best_precision",
@@ -78,15 +79,29 @@ def parameter_groups(
 
 # %% ../../nbs/optim.ipynb #b15ee689
 def share_loss(
-    logits: torch.Tensor,  # `(b, n_classes)`, of this process
-    labels: torch.Tensor,  # `(b,)`
+    # `(b, n_classes)`, or `(b, L, n_classes)`: an answer at every position
+    logits: torch.Tensor,
+    labels: torch.Tensor,  # `(b,)` or `(b, L)`; -100: nothing is asked here
     whole: int,  # sequences in the batch, over all processes
     world: int = 1,  # processes; gradients are averaged over them
     smoothing: float = 0.0,  # share of every label that all classes get alike
 ) -> torch.Tensor:  # the mean over processes is the mean over the batch
     "Cross-entropy (nats) of one process's share of a batch."
     options = dict(reduction="sum", label_smoothing=smoothing)
-    return F.cross_entropy(logits.float(), labels, **options) * (world / whole)
+    rows, of_each = logits.flatten(0, -2).float(), labels[:1].numel()
+    total = F.cross_entropy(rows, labels.flatten().long(), **options)
+    return total * (world / (whole * max(1, of_each)))
+
+
+# %% ../../nbs/optim.ipynb #c436a00a
+def told(
+    logits: torch.Tensor,  # `(b, n_classes)` or `(b, L, n_classes)`
+    labels: torch.Tensor,  # `(b,)` or `(b, L)`; -100: nothing is asked here
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Right answers, the loss of all answers (nats), and how many were asked for."
+    rows, wanted = logits.flatten(0, -2).float(), labels.flatten().long()
+    loss = F.cross_entropy(rows, wanted, reduction="sum")
+    return (rows.argmax(-1) == wanted).sum(), loss, (wanted >= 0).sum()
 
 
 # %% ../../nbs/optim.ipynb #0b71a002

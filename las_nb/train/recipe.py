@@ -41,6 +41,14 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"{recipe.task} has sequences of its own length: leave length out"
         )
+    data, task = recipe.data, TASKS[recipe.task]
+    if (data.path or data.tokens) and not task.any_text:
+        raise ValueError(
+            f"{recipe.task} has data of its own: leave data and tokens out"
+        )
+    if (recipe.model.readout == "every") != task.any_text:
+        way = "is for readout" if task.any_text else "is not for readout"
+        raise ValueError(f"{recipe.task} {way} every")
     ways = TASKS[recipe.task].coarse
     if recipe.data.coarse_epochs and not ways:
         raise ValueError(
@@ -207,7 +215,7 @@ def read_command(
 
 # %% ../../nbs/recipe.ipynb #cfd04a9a
 _LATER = dict(
-    model=("conv", "input_conv"),
+    model=("conv", "input_conv", "tied"),
     mixer=("stretch",),
     optimizer=(
         "accumulate",
@@ -216,7 +224,7 @@ _LATER = dict(
         "early_epochs",
         "early_batch_size",
     ),
-    data=("epoch_size", "augment", "coarse_epochs", "coarse"),
+    data=("epoch_size", "augment", "coarse_epochs", "coarse", "path", "tokens"),
 )
 
 
@@ -243,8 +251,8 @@ def build(recipe: Recipe) -> LaSTransformer:  # on the CPU
     task = TASKS[recipe.task]
     torch.manual_seed(recipe.seed)
     return LaSTransformer(
-        task.n_classes,
-        vocab=task.vocab,
+        recipe.data.tokens or task.n_classes,
+        vocab=recipe.data.tokens or task.vocab,
         in_features=task.in_features,
         pairs=task.pairs,
         max_len=recipe.data.length or task.max_len,
@@ -264,4 +272,5 @@ def load_data(
     "The splits that a recipe names; raises as `load_task` does."
     data = recipe.data
     where = recipe.task, root, device
-    return load_task(*where, data.limit, data.sample, length=data.length)
+    own = dict(length=data.length, path=data.path, tokens=data.tokens)
+    return load_task(*where, data.limit, data.sample, **own)

@@ -1,0 +1,168 @@
+"""Text: windows, own files, vocabularies, models that answer at every position."""
+
+import math
+
+import pytest
+import torch
+
+from las_nb.mixers import MIXERS
+from las_nb.model import LaSTransformer
+from las_nb.tasks import DataError, load_task
+from las_nb.tasks.windows import cut, in_text, learn_tokens, own_text, stream
+from las_nb.tasks.windows import wikitext, words
+from las_nb.train import load_run, preset, score, train
+from las_nb.train.recipe import build, identity
+
+TEXT = "the cat sat on the mat, and the dog ate the hat of the cat\n"
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT * 200)
+    return path
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_windows_ask_for_every_token_once_and_never_look_across(stride):
+    lengths = [1, 2, 7, 8, 9, 30]
+    texts = [bytes([k + 1]) * n for k, n in enumerate(lengths)]
+    values = stream(texts)
+    split = cut(values, 8, stride, (sum(lengths), 6))
+    batch = split.rows(slice(None))
+    real = torch.ones_like(batch.inputs, dtype=torch.bool)
+    if batch.lengths is not None:
+        real = torch.arange(8) < batch.lengths[:, None]
+    asked = batch.labels >= 0
+    assert asked.sum() == sum(lengths) + len(texts) and not (asked & ~real).any()
+    for k, n in enumerate(lengths):
+        assert (batch.labels == k + 1).sum() == n
+    for row, seen in zip(batch.inputs, real):
+        assert len(set(row[seen].tolist()) - {0}) <= 1  # of one document
+    whole = split.sizes == 8
+    context = split.fresh[
+        whole
+    ]  # at least a whole window less the stride, or the start
+    start = values[split.starts[whole]] == 0
+    assert (start | (context >= 8 - stride)).all()
+
+
+def test_bits_and_word_perplexity_by_hand():
+    split = cut(stream([b"ab cd\n"]), 8, 8, (6, words(b"ab cd\n")))
+    found = in_text(math.log(2), split)  # one bit for each of six bytes and the end
+    assert found["bits_per_byte"] == pytest.approx(7 / 6)
+    assert found["word_perplexity"] == pytest.approx(2 ** (7 / 3))
+    assert in_text(1.0, load_task("digits")["test"]) == {}
+
+
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_answers_at_every_position_look_at_the_past_only(mixer):
+    if mixer == "linformer":
+        with pytest.raises(ValueError):
+            LaSTransformer(16, 16, 1, 2, vocab=16, readout="every", mixer=mixer)
+        return
+    torch.manual_seed(0)
+    sizes = dict(dim=16, depth=2, n_heads=2, vocab=16, max_len=24)
+    model = LaSTransformer(16, readout="every", mixer=mixer, tied=True, **sizes).eval()
+    x = torch.randint(16, (2, 24))
+    y = x.clone()
+    y[:, 12:] = torch.randint(16, (2, 12))
+    a, b = model(x), model(y)
+    assert a.shape == (2, 24, 16)
+    assert torch.allclose(a[:, :12], b[:, :12], atol=1e-4)
+    assert not torch.allclose(a[:, 12:], b[:, 12:], atol=1e-4)
+
+
+def test_what_a_model_of_every_position_cannot_be():
+    sizes = dict(dim=16, depth=1, n_heads=2, readout="every")
+    for wrong, said in (
+        (dict(vocab=16, causal=False), "causal"),
+        (dict(vocab=16, pairs=True), "pairs"),
+        (dict(vocab=17, tied=True), "tied"),
+        (dict(in_features=1, tied=True), "tied"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LaSTransformer(16, **sizes, **wrong)
+    with pytest.raises(ValueError, match="every"):
+        preset("digits", readout="every")
+    with pytest.raises(ValueError, match="every"):
+        preset("language", readout="mean")
+    with pytest.raises(ValueError, match="leave data and tokens out"):
+        preset("digits", data="x.txt")
+
+
+def test_own_text_is_trained_on_and_tested(book, tmp_path):
+    out, small = tmp_path / "run", dict(dim=16, depth=1, n_heads=2, epochs=2, lr=1e-2)
+    record = train(
+        "language",
+        out,
+        data=str(book),
+        length=64,
+        batch_size=2,
+        **small,
+        options=dict(cpu=True),
+    )
+    assert len(record["curve"]["nats"]) == 2
+    # a text that repeats: much better than eight bits
+    assert record["bits_per_byte"] < 4 and record["word_perplexity"] < 1e7
+    found = score(out)
+    for name in ("bits_per_byte", "nats"):
+        assert found[name] == pytest.approx(record[name], rel=1e-4)
+    model, recipe = load_run(out)
+    assert model.readout == "every" and recipe.data.path == str(book)
+
+
+def test_pieces_of_words_make_the_same_text(book):
+    texts = own_text(book)
+    coder = learn_tokens(texts["train"], 300)
+    ids = stream(texts["test"], coder)
+    assert len(ids) < len(stream(texts["test"])) / 2 and ids.max() < 300
+    assert coder.decode(ids[1:-1].tolist()) == texts["test"][0].decode()
+    recipe = preset("language", data=str(book), tokens=300, tied=True, dim=16)
+    model = build(recipe)
+    assert model.head is None and model.embed.num_embeddings == 300
+    data = load_task("language", path=str(book), tokens=300, length=32)
+    batch = data["valid"].rows(slice(None))
+    assert model(batch.inputs, batch.lengths).shape == (*batch.labels.shape, 300)
+
+
+def test_files_that_are_no_text(tmp_path):
+    for content, said in (
+        (b"", "1,000 are the least"),
+        (b" \n" * 900, "1,000 are the least"),
+        (b"caf\xe9 " * 400, "byte 3 is 0xe9"),
+        (b"abc\0" * 400, "byte 3 is 0"),
+    ):
+        (tmp_path / "x.txt").write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            own_text(tmp_path / "x.txt")
+    with pytest.raises(DataError, match="there is no"):
+        own_text(tmp_path / "none.txt")
+
+
+def test_a_folder_of_files(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.md").write_text(f"{i:02d} " * 50)
+    (tmp_path / ".hidden").write_bytes(b"\xff" * 2000)
+    found = own_text(tmp_path)
+    assert [len(found[p]) for p in ("train", "valid", "test")] == [36, 2, 2]
+    assert len({d for part in found.values() for d in part}) == 40
+    for f in tmp_path.glob("*.md"):
+        f.unlink()
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.txt").write_text(part * 300)
+    assert own_text(tmp_path)["valid"] == [b"valid" * 300]
+
+
+def test_wikitext_that_is_something_else(tmp_path):
+    (tmp_path / "wikitext-2").mkdir()
+    for part in ("train", "valid", "test"):
+        path = tmp_path / "wikitext-2" / f"wiki.{part}.tokens"
+        path.write_text(" \n = A = \n \n b c \n" * 3)
+    with pytest.raises(DataError, match="words in 3 articles, not 2,088,628 in 600"):
+        wikitext(tmp_path)
+
+
+def test_runs_of_other_tasks_stay_what_they_were():
+    # as before there were texts
+    assert identity(preset("smnist")) == identity(preset("smnist", tied=False))
