@@ -272,15 +272,15 @@ def own_text(
     if len(texts) == 3 == len(named):
         return named
     if len(texts) < 20:
-        split = [_three(t) for t in texts.values()]
-        found = {p: [s[i] for s in split if s[i]] for i, p in enumerate(_PARTS)}
+        thirds = zip(*map(_three, texts.values()))
+        found = {p: list(filter(None, t)) for p, t in zip(_PARTS, thirds)}
     else:
         docs = [list(texts.values())[i] for i in shuffled(len(texts)).tolist()]
         held = len(docs) // 20
         cuts = docs[2 * held :], docs[:held], docs[held : 2 * held]
         found = dict(zip(_PARTS, cuts))
     size = sum(map(len, texts.values()))
-    if size < 1000 or not all(found.values()):
+    if size < 1000 or not all(map(found.get, _PARTS)):
         raise DataError(f"{path} has {size:,} bytes of text; 1,000 are the least")
     return found
 
