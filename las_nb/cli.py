@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Callable
 from . import settings
 from ._command import guarded, needs, parse, summary
-from ._util import check_choice, import_extension, is_first, nearest, refuse
+from las_nb._util import (
+    at_home,
+    check_choice,
+    import_extension,
+    is_first,
+    nearest,
+    refuse,
+)
 
 
 # %% ../nbs/cli.ipynb #fbb86846
@@ -50,6 +57,40 @@ def _eval(asked: settings.Eval, given: list[str]) -> None:
     if bits := found.get("bits_per_byte"):
         of = f"{bits:.3f} bits per byte, {of}"
     print(f"{asked.checkpoint}: {asked.split} {of}")
+
+
+# %% ../nbs/cli.ipynb #b1c510bd
+def _write(asked: settings.Write, given: list[str]) -> None:
+    needs("safetensors")
+
+    def begin():
+        import torch
+        from las_nb.tasks.windows import read_tokens
+        from las_nb.train import load_run
+        from las_nb.writing import Letters, generate, read_prompt
+
+        model, recipe = load_run(asked.checkpoint)
+        if model.readout != "every":
+            raise ValueError(
+                f"{asked.checkpoint} is a model of {recipe.task}, which answers once "
+                "per sequence; las write wants one of las train language"
+            )
+        device = "cuda" if torch.cuda.is_available() and not asked.cpu else "cpu"
+        where = at_home(asked.checkpoint)
+        coder = read_tokens(where) if recipe.data.tokens else None
+        prompt = read_prompt(asked.prompt, coder)
+        way = asked.max_tokens, asked.temperature, asked.top_p
+        seed = None if asked.greedy else asked.seed
+        return generate(model.to(device), prompt, *way, seed, end=0), Letters(coder)
+
+    def write():
+        tokens, letters = begin()
+        print(asked.prompt, end="", flush=True)
+        for token in tokens:
+            print(letters(token), end="", flush=True)
+        print()
+
+    guarded(write, "what was written stands above")
 
 
 # %% ../nbs/cli.ipynb #8e766c79
@@ -155,6 +196,7 @@ def _digits(asked: settings.Digits, given: list[str]) -> None:
 _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "train": (settings.Train, _train),
     "eval": (settings.Eval, _eval),
+    "write": (settings.Write, _write),
     "data": (settings.GetData, _data),
     "compare": (settings.Compare, _compare),
     "race": (settings.Race, _race),

@@ -21,6 +21,7 @@ __all__ = [
     "Run",
     "Train",
     "Eval",
+    "Write",
     "GetData",
     "Work",
     "Experiments",
@@ -380,6 +381,20 @@ class Eval:
     checkpoint: str  # folder of a run, or one of its checkpoints
     split: Literal["train", "valid", "test"] = "test"  # which sequences
     root: str | None = None  # data files; by default LAS_NB_DATA, or the user's cache
+    cpu: bool = False  # leave the GPU alone
+
+
+@dataclass
+class Write:
+    "Let a stored language model go on with a text."
+
+    checkpoint: str  # folder of a run, or one of its checkpoints
+    prompt: str = ""  # what to go on with; by default a new text begins
+    temperature: float = 1.0  # above 0; a small one keeps to what is likely
+    top_p: float = 1.0  # draw from the likeliest tokens that have so much together
+    greedy: bool = False  # the likeliest token every time
+    max_tokens: int = 500  # written at most
+    seed: int = 0  # of what is drawn
     cpu: bool = False  # leave the GPU alone
 
 

@@ -10,6 +10,7 @@ __all__ = [
     "cut",
     "in_text",
     "learn_tokens",
+    "read_tokens",
     "stream",
     "words",
     "wikitext",
@@ -44,6 +45,7 @@ class Windows:
     content: tuple[int, int]  # bytes and words of all documents
     source: str = ""  # where the text comes from
     towers: int = 1  # one sequence per label, as in Sequences
+    coder: Any = None  # tokenizers.Tokenizer that made the tokens; None: bytes
 
     @property
     def labels(self) -> torch.Tensor:  # `(n,)`, on the device of the values
@@ -147,6 +149,18 @@ def learn_tokens(
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, found.to_str().encode())
     return found
+
+
+def read_tokens(
+    folder: Path,  # of a run, or one of its checkpoints
+) -> Any:  # tokenizers.Tokenizer
+    "The vocabulary that lies beside a model; raises `DataError` when it does not."
+    for place in (folder, folder.parent):
+        if (place / "tokens.json").exists():
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(place / "tokens.json"))
+    raise DataError(f"{folder} has no tokens.json, without which nobody can read it")
 
 
 def stream(
@@ -319,7 +333,8 @@ def load_windows(
         stride = length if part == "train" else max(1, length // 2)
         values = stream(texts, tokenizer)
         source = Path(path).name if path else name
-        splits[part] = cut(values, length, stride, content, source)
+        laid = cut(values, length, stride, content, source)
+        splits[part] = replace(laid, coder=tokenizer)
     return splits
 
 

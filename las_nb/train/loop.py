@@ -285,6 +285,9 @@ def prepare(self: Trainer, root: str | Path | None) -> None:
     r, settings = self.recipe, self.recipe.optimizer
     self.data = load_data(r, root, self.device)
     self.augments = augments(r)
+    if coder := getattr(self.data["train"], "coder", None):
+        content = coder.to_str().encode()
+        self.first(lambda: replace_file(self.out / "tokens.json", content))
     self.sizes = [batch_size(settings, epoch) for epoch in range(settings.epochs)]
     self.steps = [math.ceil(self.in_epoch / size) for size in self.sizes]
     splits = [self.data[part] for part in ("train", "valid", "test")]
