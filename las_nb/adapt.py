@@ -10,7 +10,8 @@ import functools, inspect, re, warnings, weakref
 import torch, torch.nn.functional as F
 from typing import Any, Callable, Sequence
 from ._util import check_choice
-from .attention import attention_scores, check_qkv, masked_softmax, one_dtype
+from .attention import attention_scores, check_qkv, masked_softmax
+from .attention import no_autocast, one_dtype
 from .fast import METHODS, las_attention
 from .fast.api import check_limits
 from .las import POOLS
@@ -91,9 +92,7 @@ def las_step(
     check_limits(None, None, chunk, q.shape[1])
     n, L = q.shape[-2], k.shape[-2]
     q, k, v = one_dtype(q, k, v)
-    if not isinstance(rates, torch.Tensor):
-        rates = torch.tensor(rates, dtype=torch.float64, device="cpu")
-    check_rates(rates, q.shape[1])
+    rates = check_rates(rates, q.shape[1])
     j = torch.arange(L, device=q.device)
     if lengths is None:
         lengths = torch.full((len(q),), L, device=q.device)
@@ -107,7 +106,7 @@ def las_step(
     if chunk is not None:
         seen = seen & (i // chunk == j // chunk)
     smooth = functools.partial(_smooth_blocks, lengths=lengths, chunk=chunk)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         s = attention_scores(q, k)  # (B, H, n, L)
         alpha = rates.to(s.device, torch.float64)[:, None, None]
         e = s * torch.exp(-alpha * (i - j).abs()).to(s)

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "no_autocast",
     "attention_scores",
     "causal_mask",
     "masked_softmax",
@@ -16,11 +17,20 @@ __all__ = [
 ]
 
 # %% ../nbs/01_attention.ipynb #e40f3222
-import math
+import contextlib, math
 import torch
 
 
 # %% ../nbs/01_attention.ipynb #cf2f85a0
+def no_autocast(
+    x: torch.Tensor,  # any tensor
+) -> contextlib.AbstractContextManager:
+    "A context in which autocast rounds no product on the device of `x`."
+    if x.is_meta:  # there torch has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def attention_scores(
     q: torch.Tensor,  # queries `(..., L, D)`
     k: torch.Tensor,  # keys `(..., L, D)`
@@ -28,7 +38,7 @@ def attention_scores(
     "Scaled dot products `s_ij = q_i . k_j / sqrt(D)`."
     wide = torch.promote_types(q.dtype, torch.float32)
     # autocast would round the product to half precision
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         # (..., L, D) @ (..., D, L)
         return q.to(wide) / math.sqrt(q.shape[-1]) @ k.to(wide).transpose(-2, -1)
 

@@ -7,8 +7,10 @@ __all__ = ["POOLS", "las_weights", "las_dense"]
 
 # %% ../nbs/05_las.ipynb #48918c54
 import torch
+from typing import Sequence
 from ._util import check_choice
-from .attention import causal_mask, check_qkv, masked_softmax, one_dtype
+from .attention import causal_mask, check_qkv, masked_softmax
+from .attention import no_autocast, one_dtype
 from .locality import check_rates, decayed_scores
 from .padding import key_mask
 from .smoothing import Window, smooth_scores, smooth_weights, window_weights
@@ -21,7 +23,8 @@ POOLS = ("scores", "weights")
 def las_weights(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see decay_rates
+    # decay rate per head `(H,)`, per step; see decay_rates
+    rates: torch.Tensor | Sequence[float],
     window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     # average "scores" (before the softmax) or "weights" (after it)
     pool: str = "scores",
@@ -46,7 +49,8 @@ def las_dense(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`, per step; see decay_rates
+    # decay rate per head `(H,)`, per step; see decay_rates
+    rates: torch.Tensor | Sequence[float],
     window: Window = 3,  # W, or its weights, newest key first; 1 = no smoothing
     # average "scores" (before the softmax) or "weights" (after it)
     pool: str = "scores",
@@ -70,12 +74,12 @@ def las_dense(
         )
     q, k, v = one_dtype(q, k, v)
     check_qkv(q, k, v)
-    check_rates(rates, q.shape[1])
+    rates = check_rates(rates, q.shape[1])
     window_weights(window, q.shape[1])
     if lengths is not None:
         real = key_mask(lengths, q.shape[0], q.shape[-2], q.device)  # (B, L)
         q, k, v = (t.masked_fill(~real[:, None, :, None], 0) for t in (q, k, v))
     w = las_weights(q, k, rates, window, pool, causal, lengths)  # (B, H, L, L)
     # (B, H, L, L) @ (B, H, L, D)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         return (w @ v.to(w.dtype)).to(v.dtype)

@@ -15,6 +15,7 @@ __all__ = [
 # %% ../nbs/03_locality.ipynb #9e6cad23
 import math, numbers
 import torch
+from typing import Sequence
 from .attention import attention_scores
 
 
@@ -81,15 +82,20 @@ def decay_rates(
 
 # %% ../nbs/03_locality.ipynb #a0adc736
 def check_rates(
-    rates: torch.Tensor,  # `(H,)`
+    rates: torch.Tensor | Sequence[float],  # `(H,)`: tensor, tuple or list
     n_heads: int | None = None,  # H, where it is known
-) -> torch.Tensor:  # `rates`, unchanged
+) -> torch.Tensor:  # `rates`; numbers become float64
     """Raise `ValueError` unless `rates` is `(H,)`, finite and not negative.
 
     Values are not read on a GPU, where every call would wait for them, nor by
     torch.compile."""
     if not isinstance(rates, torch.Tensor):
-        raise ValueError(f"rates must be a tensor, one number per head; got {rates!r}")
+        try:
+            rates = torch.tensor(tuple(rates), dtype=torch.float64, device="cpu")
+        except (RuntimeError, TypeError, ValueError):
+            raise ValueError(
+                f"rates must be numbers, one per head; got {rates!r}"
+            ) from None
     if (
         rates.ndim != 1
         or not rates.is_floating_point()
@@ -112,14 +118,14 @@ def check_rates(
 
 # %% ../nbs/03_locality.ipynb #e528673a
 def locality_kernel(
-    rates: torch.Tensor,  # decay rate per head `(H,)`, per step
+    rates: torch.Tensor | Sequence[float],  # decay rate per head `(H,)`, per step
     L: int,  # sequence length
 ) -> torch.Tensor:  # `(H, L, L)`, in (0, 1], float32 at least
     """Locality kernel `m_ij = exp(-alpha_h |i - j|)`.
 
     Raises `ValueError` for rates that are negative, not finite or not `(H,)`.
     Source: Zimerman and Wolf (2023), the ELD operator."""
-    check_rates(rates)
+    rates = check_rates(rates)
     wide = rates.to(torch.promote_types(rates.dtype, torch.float32))
     # (H, 1, 1) * (L, L)
     return torch.exp(-wide[:, None, None] * distance_matrix(L, rates.device))
@@ -129,9 +135,10 @@ def locality_kernel(
 def decayed_scores(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
-    rates: torch.Tensor,  # decay rate per head `(H,)`
+    rates: torch.Tensor | Sequence[float],  # decay rate per head `(H,)`
 ) -> torch.Tensor:  # `(B, H, L, L)`, float32 at least
     "ELD: scaled dot products times the locality kernel, `e_ij = m_ij s_ij`."
+    rates = check_rates(rates, q.shape[1])
     s = attention_scores(q, k)  # (B, H, L, L)
     # exp(-1e4) is 0 in every dtype, and not every dtype holds every rate
     alpha = rates.to(s.device).clamp(max=1e4).to(s.dtype)

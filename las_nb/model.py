@@ -328,7 +328,9 @@ class Inputs(Pretrained):
             inputs = inputs.long()
             _check_tokens(inputs, self.vocab)
         # (B, L, dim); under autocast too, what blocks add to stays float32
-        x = self.conv(self.embed(inputs).to(self.embed.weight.dtype))
+        # a layer that torch quantised has no dtype and gives float32
+        dtype = getattr(self.embed.weight, "dtype", torch.float32)
+        x = self.conv(self.embed(inputs).to(dtype))
         if self.positions == "sinusoidal":
             x = x + sinusoidal(x.shape[1], x.shape[2], x.device, x.dtype)
         if self.positions == "learned":

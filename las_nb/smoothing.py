@@ -231,7 +231,7 @@ def smooth_keys(
         raise ValueError(f"future must lie between 0 and {W - 1}; got {future!r}")
     if k.ndim < 3:
         raise ValueError(f"k must have shape (..., H, L, D); got {tuple(k.shape)}")
-    check_rates(rates, k.shape[-3])
+    rates = check_rates(rates, k.shape[-3])
     if is_one(window):
         return k
     x = k.to(torch.promote_types(k.dtype, torch.float32)).mT  # (..., H, D, L)

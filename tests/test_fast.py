@@ -1113,3 +1113,23 @@ def test_memory_stays_near_that_of_plain_attention():
         case = Case(L=16_384, max_rate=rate)
         mine, plain = (peak_memory(name, case) for name in ("auto", "plain"))
         assert mine < 1.6 * plain
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        dict(pool="weights", chunk=8),
+        dict(score_bound=2.0),
+        dict(lengths=[700, 9]),
+        dict(cu_seqlens=[0, 300, 1400]),
+    ],
+)
+def test_shapes_alone(method, causal, how):
+    q, v = (torch.zeros(2, 3, 700, D, device="meta") for D in (8, 5))
+    with torch.device("meta"):
+        for rates in ((0.0, 1e-4, 1e-3), torch.tensor([0.0, 1e-4, 1e-3])):
+            o = las_attention(q, q, v, rates, causal=causal, method=method, **how)
+            assert o.is_meta and o.shape == v.shape

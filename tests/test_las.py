@@ -332,3 +332,19 @@ def test_matrices_of_layers_with_blocks(causal, pool):
         got, want = layer.weights(x, n) @ v, layer.mix(q, k, v, n)
         for b, end in enumerate((21, 21 if n is None else 11)):
             torch.testing.assert_close(got[b, :, :end], want[b, :, :end])
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_rates_may_be_plain_numbers(kind):
+    q, k, v = qkv(2, 3, 9, 4)
+    rates = torch.tensor([0.0, 0.1, 0.7], dtype=torch.float64)
+    given = kind(rates.tolist())
+    for f, a in ((las_dense, (q, k, v)), (las_weights, (q, k))):
+        assert torch.equal(f(*a, given), f(*a, rates))
+    assert torch.equal(locality_kernel(given, 9), locality_kernel(rates, 9))
+    assert torch.equal(smooth_keys(k, given, 3), smooth_keys(k, rates, 3))
+    wrong = 0.1, None, "abc", kind([0.1]), kind([0.1, 0.2, -1]), kind([0, 0, math.inf])
+    for bad in wrong:
+        for f, a in ((las_dense, (q, k, v)), (las_weights, (q, k))):
+            with pytest.raises(ValueError, match="^rates must be"):
+                f(*a, bad)

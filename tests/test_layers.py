@@ -540,3 +540,36 @@ def test_large_inputs_have_finite_gradients(name):
 def test_steps_of_a_state_space_are_positive(dt_min):
     with pytest.raises(ValueError, match="step sizes"):
         MIXERS["s4d"](8, dt_min=dt_min)
+
+
+@every
+@pytest.mark.parametrize("L", [20, 300])
+@pytest.mark.parametrize("padded", [False, True])
+def test_shapes_are_found_without_numbers(name, causal, L, padded):
+    with torch.device("meta"):
+        model = LaSTransformer(3, 16, 1, 4, 9, mixer=name, causal=causal)
+        lengths = torch.tensor([L, 7]) if padded else None
+        y = model(torch.zeros(2, L, dtype=torch.long), lengths)
+    y.sum().backward()
+    assert y.is_meta and y.shape == (2, 3)
+
+
+@every
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_answer_almost_the_same(name, causal):
+    torch.manual_seed(0)
+    model = LaSTransformer(3, 16, 1, 4, in_features=2, mixer=name, causal=causal).eval()
+    kind, x = {torch.nn.Linear}, torch.randn(2, 40, 2)
+    small = torch.ao.quantization.quantize_dynamic(model, kind, dtype=torch.qint8)
+    torch.testing.assert_close(small(x), model(x), atol=0.03, rtol=0)
+    if hasattr(small.blocks[0].mixer, "weights"):
+        assert small.attention_maps(x)[0].shape == (2, 4, 40, 40)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_local_compiles_below_its_reach(causal):
+    layer = MIXERS["local"](16, 4, causal=causal, reach=64)
+    compiled = torch.compile(layer, backend="aot_eager")
+    for L in (20, 30, 41):  # the second one leaves the length open
+        x = torch.randn(2, L, 16)
+        torch.testing.assert_close(compiled(x), layer(x))

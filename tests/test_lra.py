@@ -270,17 +270,25 @@ def test_a_folder_that_is_there_is_added_to(tmp_path):
     ) == ["a/new", "a/old", "b/c"]
 
 
-def test_links_are_left_out(tmp_path):
-    archive = tar_of(
-        tmp_path / "a.tar.gz",
-        {
-            "link": (tarfile.SYMTYPE, "/etc/passwd"),
-            "hard": (tarfile.LNKTYPE, "good"),
-            "good": b"1",
-        },
-    )
-    assert extract(archive, lambda n: n, tmp_path / "out") == 1
+@pytest.mark.parametrize(
+    "link", [(tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "good")]
+)
+def test_links_are_neither_followed_nor_lost(link, tmp_path):
+    archive = tar_of(tmp_path / "a.tar.gz", {"good": b"1", "data": link})
+    with pytest.raises(DataError, match="data is a link to .* not followed"):
+        extract(archive, lambda n: n, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # one that nobody asks for
+    assert extract(archive, {"good": "good"}.get, tmp_path / "out") == 1
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good"]
+
+
+def test_a_review_that_is_a_link_is_told(tmp_path):
+    files = {f"aclImdb/{kind}/0_1.txt": b"fine" for kind in reviews.KINDS}
+    files["aclImdb/train/pos/0_1.txt"] = (tarfile.SYMTYPE, "/etc/passwd")
+    archive = tar_of(tmp_path / "aclImdb_v1.tar.gz", files)
+    with pytest.raises(DataError, match="train/pos/0_1.txt is a link to /etc/passwd"):
+        read_imdb(archive, 1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing import Any, Sequence
 from .._util import check_choice
-from ..attention import check_qkv, one_dtype
+from ..attention import check_qkv, no_autocast, one_dtype
 from .bands import kernel_for, level, made_for, one_sided, row_factors
 from .bands import sum_rows, trusted, two_sided
 from .flex import flex_attend
@@ -527,6 +527,8 @@ def _takes_matrix(
     q: torch.Tensor, rates: torch.Tensor, method: str, window: Window, *how: Any
 ) -> bool:
     "Is the whole call a matter for las_dense? `how` is pool and causal."
+    if q.is_meta:  # shapes alone
+        return True
     if method != "auto":
         return method == "dense"
     if _is_learned(rates) or transformed(window):
@@ -590,6 +592,8 @@ def _by_documents(
         raise ValueError("give lengths (padded) or cu_seqlens (packed), not both")
     q, k, v = one_dtype(q, k, v)
     check_qkv(q, k, v)
+    if q.is_meta:  # shapes alone: documents do not change them
+        return las_attention(q, k, v, rates, *how[:3], None, *how[3:])
     window, pool, causal, *limits = how
     # (B, H, L, D) -> (H, B * L, D)
     rows = [t.transpose(0, 1).flatten(1, 2) for t in (q, k, v)]
@@ -663,6 +667,6 @@ def las_attention(
         return _unfold_chunks(las_attention(*blocks, speeds or rates, *options), B, L)
     speeds = speeds or tuple(rates.tolist())
     options = window, pool, causal, lengths, method, tol, score_bound
-    with torch.autocast(q.device.type, enabled=False):  # every step in its own dtype
+    with no_autocast(q):  # every step in its own dtype
         way = _las_fused if _takes_fused(q, v, speeds, window, method) else _las_fast
         return way(q, k, v, rates, speeds, *options)

@@ -393,7 +393,7 @@ def keeps_bound(
     raise: it learns whether they do not, to turn its output into NaN."""
     bounds, found = head_bounds(score_bound, q.shape[1]), score_bounds(q, k)
     kept = found <= torch.tensor(bounds, dtype=found.dtype, device=q.device)
-    if torch.compiler.is_compiling() or transformed(kept):
+    if torch.compiler.is_compiling() or transformed(kept) or kept.is_meta:
         return kept.all()
     if not kept.all():
         h = int((~kept).nonzero()[0])

@@ -124,11 +124,12 @@ class Local(Attention):
         (B, H, L, _), w = q.shape, min(self.reach, q.shape[-2])
         # blocks; neighbours that a block looks at
         n, sides = -(-L // w), 1 if self.causal else 2
-        q = F.pad(q, (0, 0, 0, n * w - L)).unflatten(2, (n, w))  # (B, H, n, w, D)
+        q = F.pad(q, (0, 0, 0, n * w - L)).unflatten(2, (n, w))
         end, wide = n * w + (sides - 1) * w, (1 + sides) * w
         around = (0, 0, w, end - L)
         k, v = (F.pad(t, around).unfold(2, wide, w).mT for t in (k, v))
-        # (B, H, n, 2w or 3w, D)
+        # blocks as sequences: (B, H, n, w or 2w or 3w, D) -> (B * n, H, ..., D)
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         i = torch.arange(n * w, device=q.device).view(n, w, 1)
         j = torch.arange(-w, end, device=q.device).unfold(0, wide, w)[:, None]
         seen = (i - j < w) & (j >= 0)  # (n, w, 2w or 3w)
@@ -140,9 +141,11 @@ class Local(Attention):
             if lengths is not None:
                 ends = whole_lengths(lengths).to(q.device)
                 real = j < ends.view(-1, 1, 1, 1)
-                seen = seen & (real | (j == i))[:, None]
-        # (B, H, n, w, D) -> (B, H, L, D)
-        return F.scaled_dot_product_attention(q, k, v, seen).flatten(2, 3)[:, :, :L]
+                seen = seen & (real | (j == i))  # (B, n, w, 3w)
+        seen = seen.expand(B, n, w, wide).flatten(0, 1)[:, None]
+        o = F.scaled_dot_product_attention(q, k, v, seen).unflatten(0, (B, n))
+        # (B, n, H, w, D) -> (B, H, L, D)
+        return o.transpose(1, 2).flatten(2, 3)[:, :, :L]
 
 
 # %% ../../nbs/11_layers.ipynb #d5bf68ce

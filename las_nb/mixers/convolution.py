@@ -10,6 +10,7 @@ import math
 import torch, torch.nn.functional as F
 from typing import Sequence
 from torch import nn
+from ..attention import no_autocast
 from ..conv_kernels import causal_conv
 from .linear import within
 from .register import register_mixer
@@ -60,7 +61,7 @@ class LongConv(nn.Module):
     ) -> torch.Tensor:
         "The convolution of every channel, then channels mixed: `(B, L, dim)`."
         u = clear_padding(x, lengths).mT  # (B, dim, L)
-        with torch.autocast(x.device.type, enabled=False):  # no FFT in half precision
+        with no_autocast(x):  # no FFT in half precision
             [u] = wide(u)
             y = long_conv(u, self.kernel(u.shape[-1])) + self.skip[:, None] * u
         # (B, L, 2 * dim) -> (B, L, dim)
@@ -157,6 +158,14 @@ class SGConv(LongConv):
 
 
 # %% ../../nbs/convolution.ipynb #6acf27bf
+def _linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    "A linear layer in float32 at least; one that torch quantised goes its own way."
+    if not isinstance(layer, nn.Linear):
+        return layer(x)
+    rows = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    return F.linear(x, *wide(*rows))
+
+
 class ImplicitFilter(nn.Module):
     """Hyena's filter: an MLP with sines from the position to the kernel's value, times
     a decaying window."""
@@ -196,8 +205,8 @@ class ImplicitFilter(nn.Module):
         h, window = self.tables(L)
         [speed] = wide(self.speed)
         for layer in self.layers[:-1]:
-            h = torch.sin(speed * F.linear(h, *wide(layer.weight, layer.bias)))
-        return F.linear(h, *wide(self.layers[-1].weight)).T * window
+            h = torch.sin(speed * _linear(layer, h))
+        return _linear(self.layers[-1], h).T * window
 
 
 # %% ../../nbs/convolution.ipynb #4a0a9702
@@ -231,7 +240,7 @@ class Hyena(nn.Module):
         # (B, 3 * dim, L): a causal convolution over three steps
         u = self.short(self.project(clear_padding(x, lengths)).mT)[..., :L]
         gate, u, v = wide(*u.chunk(3, 1))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             u = u * v
             u = gate * (causal_conv(u, self.filter(L)) + self.skip[:, None] * u)
         return self.out(u.mT.to(x.dtype))

@@ -162,8 +162,10 @@ class LaSAttention(SelfAttention):
     @property
     def rates(self) -> torch.Tensor:  # `(H,)`, float32 at least
         "The rates as a tensor, where the weights are."
-        weight = self.qkv.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, wide = self.qkv.weight, torch.float32
+        if not isinstance(weight, torch.Tensor):  # torch quantised it
+            return torch.tensor(self.plain_rates, dtype=wide, device="cpu")
+        wide = torch.promote_types(weight.dtype, wide)
         return torch.tensor(self.plain_rates, dtype=wide, device=weight.device)
 
 

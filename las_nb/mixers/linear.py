@@ -15,6 +15,7 @@ __all__ = [
 # %% ../../nbs/linear.ipynb #0213d192
 import torch, torch.nn.functional as F
 from torch import nn
+from ..attention import no_autocast
 from .las import SelfAttention
 from .register import register_mixer
 from ..padding import key_mask
@@ -70,7 +71,7 @@ class LinearAttention(SelfAttention):
     ) -> torch.Tensor:
         "Linear attention of the heads: `(B, H, L, D)`."
         # sums over the whole past need their digits
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             wide = torch.promote_types(q.dtype, torch.float32)
             fq, fk = self.features(q.to(wide), True), self.features(k.to(wide), False)
             if lengths is not None:

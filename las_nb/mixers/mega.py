@@ -8,6 +8,7 @@ __all__ = ["EMA", "Mega"]
 # %% ../../nbs/mega.ipynb #e5bbcaa8
 import torch, torch.nn.functional as F
 from torch import nn
+from ..attention import no_autocast
 from .convolution import long_conv, wide
 from .register import register_mixer
 from ..padding import clear_padding, key_mask
@@ -94,7 +95,7 @@ class Mega(nn.Module):
     ) -> torch.Tensor:
         "Averages, attention and gates: what to add to `x` `(B, L, dim)`."
         x = clear_padding(x, lengths)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             m = F.silu(self.ema(*wide(x.mT))).mT.to(x.dtype)  # (B, L, dim)
         u, z, r, h = self.gates(m).split([self.dim, self.z, self.v, self.dim], -1)
         # (B, L, z) each

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import nn
 from .._util import check_choice
 from ..attention import attention_scores, causal_mask, masked_softmax
-from ..attention import merge_heads, split_heads
+from ..attention import merge_heads, no_autocast, split_heads
 from .attention import Attention
 from .las import SelfAttention
 from .register import register_mixer
@@ -84,7 +84,7 @@ def forward(
     "What the heads found, projected back to the width of the model."
     q, k, v = self.heads(x, lengths)
     w = self.scores(q, k, self.log_gates(x, lengths)).softmax(-1)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         o = (w @ v.to(w.dtype)).to(v.dtype)  # (B, H, L, L) @ (B, H, L, D)
     return self.out(merge_heads(o))
 
@@ -100,7 +100,7 @@ def wall_scores(
     Source: Tilde Research (2026), flash-linear-attention, fla/ops/wall_attn."""
     L, wide = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     size = 1 << (L - 1).bit_length()  # the next power of two
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         q, k, g = (F.pad(t.to(wide), (0, 0, 0, size - L)) for t in (q, k, log_gates))
         q = q / math.sqrt(q.shape[3])
         s = (q * k).sum(-1)[..., None, None]  # (B, H, size, 1, 1): a step with itself

@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .._util import check_choice
-from ..attention import causal_mask, masked_softmax
+from ..attention import causal_mask, masked_softmax, no_autocast
 from ..locality import decayed_scores, distance_matrix
 from .las import LaSAttention
 from .register import register_mixer
@@ -147,7 +147,7 @@ def mix(
     if cu_seqlens is not None:
         raise ValueError("the layer 'las-variant' takes no packed rows (cu_seqlens)")
     w = self.matrix(q, k)
-    with torch.autocast(v.device.type, enabled=False):
+    with no_autocast(v):
         return (w @ v.to(w.dtype)).to(v.dtype)
 
 

@@ -435,12 +435,26 @@ def _file_digest(file: IO[bytes], kind: str = "sha256") -> str:  # as hexadecima
 
 
 # %% ../../nbs/files.ipynb #c3041eae
+def _content(archive: Path, tar: tarfile.TarFile, m: tarfile.TarInfo) -> IO[bytes]:
+    "A plain file of an archive; raises `DataError` for a link or a device."
+    if not m.isfile():
+        to = f"a link to {m.linkname}" if m.linkname else "no plain file"
+        raise DataError(
+            f"{archive}: {m.name} is {to}, which is not followed; unpack the archive "
+            "with tar, put a file in its place, or get another copy"
+        )
+    return tar.extractfile(m)
+
+
 @contextlib.contextmanager
 def members(
     archive: Path,
+    # is a file of this path wanted? If so, it must not be a link
+    wanted: Callable[[str], bool],
 ) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes]]]]:  # over plain files
-    """Files of a tar archive, gz, xz or plain, in one pass; checks the archive's own
-    checksum at its end, and raises `DataError` when it is damaged."""
+    """Wanted files of a tar archive, gz, xz or plain, in one pass; checks the archive's
+    own checksum at its end, and raises `DataError` when it is damaged or a wanted file
+    is a link: it may lead anywhere."""
     with open(archive, "rb") as f:
         begins = f.read(6)
     unpack = open
@@ -450,7 +464,8 @@ def members(
         unpack = lzma.open
     try:
         with unpack(archive, "rb") as f, tarfile.open(fileobj=f, mode="r|") as tar:
-            yield ((m, tar.extractfile(m)) for m in tar if m.isfile())
+            some = (m for m in tar if not m.isdir() and wanted(m.name))
+            yield ((m, _content(archive, tar, m)) for m in some)
             # tarfile stops before the checksum, and at a header that it cannot read
             while rest := f.read(1 << 22):
                 if rest.strip(b"\0"):
@@ -479,12 +494,9 @@ def extract(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        with members(archive) as files:
+        with members(archive, lambda name: wanted(name) is not None) as files:
             for member, content in files:
-                to = wanted(member.name)
-                if to is None:
-                    continue
-                to = PurePosixPath(to)
+                to = PurePosixPath(wanted(member.name))
                 if to.is_absolute() or ".." in to.parts or "\\" in str(to):
                     raise DataError(
                         f"{archive}: {member.name} would lead out of {folder}; do not "

@@ -70,6 +70,12 @@ def read_imdb(
     }
 
 
+def _is_review(name: str) -> bool:
+    "Does a file of the archive hold a review? macOS leaves hidden ones, that do not."
+    hidden = name.rpartition("/")[2].startswith(".")
+    return name.endswith(".txt") and not hidden and "/unsup/" not in name
+
+
 def _imdb_texts(source: Path) -> Iterator[tuple[str, bytes]]:
     'Names, such as "train/pos/0_9.txt", and contents of the files.'
     if source.is_dir():
@@ -77,12 +83,9 @@ def _imdb_texts(source: Path) -> Iterator[tuple[str, bytes]]:
             for f in (source / kind).glob("[!.]*.txt"):
                 yield f"{kind}/{f.name}", f.read_bytes()
         return
-    with members(source) as files:
+    with members(source, _is_review) as files:
         for m, content in files:
-            # hidden files are not reviews: macOS leaves one beside every file
-            hidden = m.name.rpartition("/")[2].startswith(".")
-            if m.name.endswith(".txt") and not hidden and "/unsup/" not in m.name:
-                yield m.name.split("aclImdb/", 1)[-1], content.read()
+            yield m.name.split("aclImdb/", 1)[-1], content.read()
 
 
 # %% ../../nbs/text.ipynb #e561aa65
