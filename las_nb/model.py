@@ -275,6 +275,12 @@ def _read_pretrained(
 
 
 # %% ../nbs/06_model.ipynb #30b846fd
+def _dtype_of(layer: nn.Embedding | nn.Linear) -> torch.dtype:
+    "Of its weights; a layer that torch quantised has none and gives float32."
+    return getattr(layer.weight, "dtype", torch.float32)
+
+
+# %% ../nbs/06_model.ipynb #3480443a
 class Inputs(Pretrained):
     "Tokens or values become vectors, with positions if there are to be any."
 
@@ -328,9 +334,7 @@ class Inputs(Pretrained):
             inputs = inputs.long()
             _check_tokens(inputs, self.vocab)
         # (B, L, dim); under autocast too, what blocks add to stays float32
-        # a layer that torch quantised has no dtype and gives float32
-        dtype = getattr(self.embed.weight, "dtype", torch.float32)
-        x = self.conv(self.embed(inputs).to(dtype))
+        x = self.conv(self.embed(inputs).to(_dtype_of(self.embed)))
         if self.positions == "sinusoidal":
             x = x + sinusoidal(x.shape[1], x.shape[2], x.device, x.dtype)
         if self.positions == "learned":

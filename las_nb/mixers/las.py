@@ -106,6 +106,14 @@ def frozen(value: Any) -> Any:
     return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
+# %% ../../nbs/layer.ipynb #fee44874
+def _check_stretch(stretch: float) -> None:
+    "Raise `ValueError` for what rates cannot be divided by."
+    number = isinstance(stretch, (int, float)) and not isinstance(stretch, bool)
+    if not number or not 0 < stretch < math.inf:
+        raise ValueError(f"stretch must be a number above 0; got {stretch!r}")
+
+
 # %% ../../nbs/layer.ipynb #bb89eaad
 class LaSAttention(SelfAttention):
     """Multi-head local and smooth self-attention on `(B, L, dim)`; no more trainable
@@ -144,9 +152,7 @@ class LaSAttention(SelfAttention):
         stretch: float = 1.0,
         rotary: bool = False,  # turn queries and keys by their position?
     ):
-        number = isinstance(stretch, (int, float)) and not isinstance(stretch, bool)
-        if not number or not 0 < stretch < math.inf:
-            raise ValueError(f"stretch must be a number above 0; got {stretch!r}")
+        _check_stretch(stretch)
         # numbers, even where weights are to have none yet (device "meta")
         with torch.device("cpu"):
             rates = exact_rates(n_heads, max_rate, spacing)

@@ -464,7 +464,8 @@ def members(
         unpack = lzma.open
     try:
         with unpack(archive, "rb") as f, tarfile.open(fileobj=f, mode="r|") as tar:
-            some = (m for m in tar if not m.isdir() and wanted(m.name))
+            files = (m for m in tar if not m.isdir())
+            some = (m for m in files if wanted(m.name))
             yield ((m, _content(archive, tar, m)) for m in some)
             # tarfile stops before the checksum, and at a header that it cannot read
             while rest := f.read(1 << 22):
