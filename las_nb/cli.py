@@ -65,7 +65,7 @@ def _write(asked: settings.Write, given: list[str]) -> None:
 
     def begin():
         import torch
-        from las_nb.tasks.windows import read_tokens
+        from las_nb.tasks.passages import read_tokens
         from las_nb.train import load_run
         from las_nb.writing import Letters, generate, read_prompt
 

@@ -8,8 +8,8 @@ import torch
 from las_nb.mixers import MIXERS
 from las_nb.model import LaSTransformer
 from las_nb.tasks import DataError, load_task
-from las_nb.tasks.windows import cut, in_text, learn_tokens, own_text, stream
-from las_nb.tasks.windows import wikitext, words
+from las_nb.tasks.passages import cut, in_text, learn_tokens, own_text, stream
+from las_nb.tasks.passages import wikitext, words
 from las_nb.train import load_run, preset, score, train
 from las_nb.train.recipe import build, identity
 
@@ -24,7 +24,7 @@ def book(tmp_path):
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
-def test_windows_ask_for_every_token_once_and_never_look_across(stride):
+def test_passages_ask_for_every_token_once_and_never_look_across(stride):
     lengths = [1, 2, 7, 8, 9, 30]
     texts = [bytes([k + 1]) * n for k, n in enumerate(lengths)]
     values = stream(texts)

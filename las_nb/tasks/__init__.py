@@ -19,7 +19,7 @@ __all__ = [
     "reading_order",
     "shuffled",
     "hold_out",
-    "Windows",
+    "Passages",
     "in_text",
     "data_root",
     "ARENA",
@@ -31,7 +31,7 @@ from .task import bounds, describe, trivial
 from .._util import DataError
 from .sequences import Batch, Sequences, batches, epoch_order
 from .sequences import reading_order, shuffled, hold_out
-from .windows import Windows, in_text
+from .passages import Passages, in_text
 from ._files import data_root
 from .arena import ARENA
 from las_nb.tasks import (
@@ -43,7 +43,7 @@ from las_nb.tasks import (
     retrieval,
     smnist,
     text,
-    windows,
+    passages,
 )
 
 # %% ../../nbs/room_tasks.ipynb #282ced42
@@ -63,7 +63,7 @@ _all_ = [
     "reading_order",
     "shuffled",
     "hold_out",
-    "Windows",
+    "Passages",
     "in_text",
     "data_root",
     "ARENA",

@@ -30,7 +30,7 @@ from ..model import LaSTransformer, count_parameters
 from ..settings import Recipe, flat, read_recipe, stored
 from ..tasks import Batch, Sequences, TASKS, batches, bounds, reading_order
 from ..tasks.sequences import checksum
-from ..tasks.windows import in_text
+from ..tasks.passages import in_text
 from .checkpoint import CannotWrite, InUse, NotFinite
 from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
