@@ -6,6 +6,8 @@ from las_nb.fast import las_attention, las_state
 from las_nb.fast.bands import far_error
 from las_nb.fast.state import keep_plan, near_keys
 from las_nb.las import las_dense
+from las_nb.mixers import MIXERS, LaSAttention
+from las_nb.model import LaSTransformer
 
 MIXED = (0.0, 0.01, 0.1, 0.8)
 BOUND = 24.0
@@ -312,3 +314,97 @@ def test_a_long_key_is_remembered_where_it_is_no_longer_kept():
     read(state, cut([q / 5, k, v], 0, 100), [100])
     with pytest.raises(ValueError, match="scores of head 0 may reach"):
         state.step(*cut([2 * q, k, v], 100, 101))
+
+
+# --- layers and models
+
+
+def model(mixer="las", **kw):
+    torch.manual_seed(0)
+    kw = dict(vocab=11, max_len=128) | kw
+    return LaSTransformer(3, 16, 2, 4, mixer=mixer, **kw).eval().double()
+
+
+def decode(model, x, state, pieces=(30, 1, 1, 20)):
+    found, at = [], 0
+    for n in [*pieces, *[1] * (x.shape[1] - sum(pieces))]:
+        found.append(model.step(x[:, at : at + n], state))
+        at += n
+    return torch.cat(found, 1)
+
+
+def tokens(B=2, L=60):
+    return torch.randint(11, (B, L), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("positions", [None, "sinusoidal", "learned", "rotary"])
+@pytest.mark.parametrize("mixer", ["las", "las-chunk", "attention"])
+def test_a_model_step_by_step_gives_its_features(mixer, positions):
+    m = model(mixer, positions=positions)
+    want = m.features(tokens())
+    got = decode(m, tokens(), m.state(2))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "linformer"])
+@pytest.mark.parametrize(
+    "kw", [dict(conv=4, input_conv=3), dict(norm="batch"), dict(prenorm=False)]
+)
+def test_every_causal_model_decodes(mixer, kw):
+    m = model(mixer, **kw)
+    want = m.features(tokens())
+    got = decode(m, tokens(), m.state(2), (30, 1, 25))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["las", "attention", "alibi"])
+def test_a_model_reads_streams_of_unequal_lengths(mixer):
+    m, x = model(mixer, positions="learned", conv=4, input_conv=3), tokens(3)
+    state, want = m.state(3), m.features(x)
+    m.step(x[:, :30].clone(), state, [30, 7, 12])
+    at = torch.tensor([30, 7, 12])
+    for lengths in ([1, 0, 1], [2, 1, 2], [2, 2, 0], [1, 1, 1]):
+        n = max(lengths)
+        pick = (at[:, None] + torch.arange(n)).clamp(max=59)
+        o = m.step(x.gather(1, pick), state, torch.tensor(lengths))
+        for b, k in enumerate(lengths):
+            mine = want[b, at[b] : at[b] + k]
+            torch.testing.assert_close(o[b, :k], mine, rtol=0, atol=1e-6)
+        at += torch.tensor(lengths)
+    assert torch.equal(state.positions, at)
+    state.reorder([2, 2])
+    again = m.state(1)
+    again.load_state_dict(state.state_dict())
+    state.reset([1])
+    o = m.step(torch.stack([x[2, at[2]], x[2, 0]])[:, None], state)
+    torch.testing.assert_close(o[0, 0], want[2, at[2]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(o[1, 0], want[2, 0], rtol=0, atol=1e-6)
+    o = m.step(x[[2, 2], at[2]][:, None], again)
+    torch.testing.assert_close(o[1, 0], want[2, at[2]], rtol=0, atol=1e-6)
+
+
+def test_a_model_with_a_tolerance_forgets():
+    m, x = model(max_rate=1.0, spacing="equal"), tokens(1, 120)
+    want, state, sizes = m.features(x), m.state(1, tol=1e-6), []
+    got = decode(m, x, state, (60, 1, 1))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    for _ in range(20):
+        m.step(x[:, :100], state)
+        sizes.append(state.nbytes)
+    assert sizes[2:] == sizes[2:3] * 18
+    with pytest.raises(ValueError, match="needs a score_bound"):
+        model(norm="batch").state(1, tol=1e-3)
+
+
+def test_models_that_do_not_decode():
+    with pytest.raises(ValueError, match="only causal models decode"):
+        model(causal=False).state(1)
+    with pytest.raises(ValueError, match="only causal layers decode"):
+        LaSAttention(16, 4, causal=False).state(1)
+    m = model(positions="learned", max_len=8)
+    state = m.state(1)
+    m.step(tokens(1, 8), state)
+    with pytest.raises(ValueError, match="learned positions reach 8 steps"):
+        m.step(tokens(1, 1), state)
+    with pytest.raises(ValueError, match="eval mode"):
+        m.train().step(tokens(1, 1), state)

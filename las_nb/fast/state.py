@@ -264,8 +264,8 @@ def _take(self: State, tensors: dict[str, torch.Tensor]) -> None:
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     "The same shape, but for the batch and for how many rows there is room?"
-    shapes = [[n for i, n in enumerate(t.shape) if i not in (0, 2)] for t in (a, b)]
-    return a.ndim == b.ndim and shapes[0] == shapes[1]
+    fixed = [(t.ndim, t.shape[1:2], t.shape[3:]) for t in (a, b)]
+    return fixed[0] == fixed[1]
 
 
 # %% ../../nbs/state.ipynb #d0baa6a1
