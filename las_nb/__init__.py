@@ -10,6 +10,7 @@ __all__ = [
     "decay_rates",
     "las_attention",
     "las_dense",
+    "las_state",
     "masked_las_attention",
     "register_las",
     "register_mixer",
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 # %% ../nbs/package.ipynb #c0ffee15
 if TYPE_CHECKING:
     from las_nb.adapt import masked_las_attention, register_las
-    from las_nb.fast import las_attention
+    from las_nb.fast import las_attention, las_state
     from las_nb.las import las_dense
     from las_nb.locality import decay_rates
     from las_nb.mixers import LaSAttention, register_mixer
@@ -35,6 +36,7 @@ _all_ = [
     "decay_rates",
     "las_attention",
     "las_dense",
+    "las_state",
     "masked_las_attention",
     "register_las",
     "register_mixer",
@@ -43,7 +45,7 @@ _all_ = [
 # %% ../nbs/package.ipynb #c0ffee11
 _HOMES = {
     "adapt": ("masked_las_attention", "register_las"),
-    "fast": ("las_attention",),
+    "fast": ("las_attention", "las_state"),
     "las": ("las_dense",),
     "locality": ("decay_rates",),
     "mixers": ("LaSAttention", "register_mixer"),

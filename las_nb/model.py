@@ -22,14 +22,17 @@ __all__ = [
 import inspect, json, re
 import torch
 from pathlib import Path
+from fastcore.basics import patch
 from typing import Any
 from torch import nn
 from typing_extensions import Self
 from ._util import at_home, check_choice, replace_file
+from .fast.state import State
 from .mixers import MIXERS, mixer_options
-from .mixers.las import frozen
+from .mixers.decode import ConvState, mixer_state, mixer_step
+from .mixers.las import LaSAttention, frozen
 from .padding import clear_padding, holds, key_mask, whole_lengths
-from .positions import sinusoidal
+from .positions import sinusoids
 from .short_convolution import ShortConvolution
 
 
@@ -174,12 +177,61 @@ class Block(nn.Module):
         lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
     ) -> torch.Tensor:  # `(B, L, dim)`
         "Both steps, each added to what came in."
-        x = x + self.mix(x, lengths)
-        if self.prenorm:
-            seen = normalise(self.norm2, x, lengths)
-            return x + self.dropout(self.feedforward(seen))
-        x = normalise(self.norm1, x, lengths)
-        return normalise(self.norm2, x + self.dropout(self.feedforward(x)), lengths)
+        return self.rest(x + self.mix(x, lengths), lengths)
+
+
+# %% ../nbs/06_model.ipynb #b10c4e57
+@patch
+def rest(self: Block, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    "The stream `(B, L, dim)` after the mixer: norms, feed-forward network."
+    if self.prenorm:
+        seen = self.feedforward(normalise(self.norm2, x, lengths))
+        return x + self.dropout(seen)
+    x = normalise(self.norm1, x, lengths)
+    return normalise(self.norm2, x + self.dropout(self.feedforward(x)), lengths)
+
+
+# %% ../nbs/06_model.ipynb #691b6fee
+@patch(nm="state")
+def _block_state(
+    self: Block,
+    batch: int,  # B, number of streams
+    tol: float | None = None,  # error allowed for far keys of LaS; see Encoder
+) -> State:
+    "What `step` keeps of the past."
+    weight, state = self.norm1.weight, State(batch)
+    kind = dict(dtype=weight.dtype, device=weight.device)
+    if isinstance(self.conv, ShortConvolution):
+        state.parts["conv"] = ConvState(batch, *self.conv.weight.shape, **kind)
+    limits = {} if tol is None else _limits(self, tol)
+    state.parts["mixer"] = mixer_state(self.mixer, batch, len(weight), kind, limits)
+    return state
+
+
+def _limits(block: Block, tol: float) -> dict[str, Any]:
+    "A tolerance, and the bound on scores that it needs: given, or from the weights."
+    mixer, derived = block.mixer, block.prenorm and isinstance(block.conv, nn.Identity)
+    if type(mixer) is not LaSAttention:
+        return {}
+    if mixer.score_bound is None and derived and isinstance(block.norm1, nn.LayerNorm):
+        return dict(tol=tol, score_bound=mixer.derive_bound(block.norm1))
+    return dict(tol=tol)
+
+
+@patch(nm="step")
+def _block_step(
+    self: Block,
+    x: torch.Tensor,  # the next tokens of the stream `(B, n, dim)`
+    state: State,  # as from `state`; it moves on
+    lengths: torch.Tensor | None = None,  # how many are real `(B,)`, see LaSState
+) -> torch.Tensor:  # `(B, n, dim)`
+    "What `forward` gives for the next tokens, in eval mode."
+    seen = normalise(self.norm1, x) if self.prenorm else x
+    if "conv" in state.parts:
+        seen = state.parts["conv"].step(self.conv, seen, lengths)
+    x = x + mixer_step(self.mixer, seen, state.parts["mixer"], lengths)
+    state.advance(x.shape[1], lengths)
+    return self.rest(x, None)
 
 
 # %% ../nbs/06_model.ipynb #39b80e4a
@@ -303,8 +355,8 @@ class Inputs(Pretrained):
         if self.positions == "learned":
             self.position = nn.Parameter(0.02 * torch.randn(config["max_len"], dim))
 
-    def check(self, inputs: torch.Tensor) -> None:
-        "Raise `ValueError` unless `inputs` are what this model takes."
+    def check(self, inputs: torch.Tensor, before: int = 0) -> None:
+        "Raise `ValueError` unless `inputs`, after so many, are what this model takes."
         real, axes = inputs.is_floating_point(), tuple(inputs.shape)
         if self.in_features is None:
             want = "(B, L) whole numbers"
@@ -316,10 +368,10 @@ class Inputs(Pretrained):
             raise ValueError(
                 f"inputs must be {want}, L >= 1; got {inputs.dtype} {axes}"
             )
-        if self.positions == "learned" and axes[1] > len(self.position):
+        if self.positions == "learned" and before + axes[1] > len(self.position):
             raise ValueError(
                 f"learned positions reach {len(self.position)} steps, the input has "
-                f"{axes[1]}; raise max_len"
+                f"{before + axes[1]}; raise max_len"
             )
 
     def embedded(
@@ -329,16 +381,27 @@ class Inputs(Pretrained):
     ) -> torch.Tensor:  # `(B, L, dim)`
         "What enters the first block."
         self.check(inputs)
-        inputs = clear_padding(inputs, lengths)
+        x = self.conv(self.vectors(clear_padding(inputs, lengths)))
+        return self.placed(x, torch.arange(x.shape[1], device=x.device))
+
+    def vectors(self, inputs: torch.Tensor) -> torch.Tensor:
+        "The vector of every token, or value, `(B, L, dim)`."
         if self.vocab:
             inputs = inputs.long()
             _check_tokens(inputs, self.vocab)
-        # (B, L, dim); under autocast too, what blocks add to stays float32
-        x = self.conv(self.embed(inputs).to(_dtype_of(self.embed)))
+        # under autocast too, what blocks add to stays float32
+        return self.embed(inputs).to(_dtype_of(self.embed))
+
+    def placed(
+        self,
+        x: torch.Tensor,  # `(B, L, dim)`
+        at: torch.Tensor,  # positions `(L,)` or `(B, L)`
+    ) -> torch.Tensor:  # `(B, L, dim)`
+        "Vectors with their positions added, if there are to be any."
         if self.positions == "sinusoidal":
-            x = x + sinusoidal(x.shape[1], x.shape[2], x.device, x.dtype)
+            return x + sinusoids(at, x.shape[2], x.dtype)
         if self.positions == "learned":
-            x = x + self.position[: x.shape[1]]
+            return x + self.position[at.clamp(max=len(self.position) - 1)]
         return x
 
 
@@ -468,6 +531,66 @@ class Encoder(Trunk):
         "One vector per sequence; `lengths` become one tensor, see key_mask."
         lengths = None if lengths is None else whole_lengths(lengths)
         return pool_positions(self.features(x, lengths), lengths, self.readout)
+
+
+# %% ../nbs/06_model.ipynb #95da7427
+@patch
+def state(
+    self: Encoder,
+    batch: int,  # B, number of streams
+    # error allowed for far keys of LaS, relative to the largest value of a head; None =
+    # that of layers with a score_bound, else all keys are kept
+    tol: float | None = None,
+) -> State:
+    """What `step` keeps of the past, empty. With a `tol`, layers without a
+    `score_bound` derive one from their weights, where they follow a LayerNorm.
+
+    Raises `ValueError` unless the model is causal."""
+    if not self.config["causal"]:
+        raise ValueError("only causal models decode: this one has causal=False")
+    weight, state = self.embed.weight, State(batch)
+    if isinstance(self.conv, ShortConvolution):
+        kind = dict(dtype=weight.dtype, device=weight.device)
+        state.parts["conv"] = ConvState(batch, *self.conv.weight.shape, **kind)
+    for i, block in enumerate(self.blocks):
+        state.parts[str(i)] = block.state(batch, tol)
+    return state
+
+
+@patch
+def step(
+    self: Encoder,
+    inputs: torch.Tensor,  # the next tokens `(B, n)` or values `(B, n, in_features)`
+    state: State,  # as from `state`; it moves on
+    # how many of them are real `(B,)`, from 0 to n, if right-padded; None = all
+    lengths: torch.Tensor | None = None,
+) -> torch.Tensor:  # `(B, n, dim)`; meaningless at padded positions
+    """What `features` gives at the next positions, without gradients.
+
+    Raises `ValueError` in training mode, and for inputs that do not fit."""
+    if self.training:
+        raise ValueError("decoding needs a model in eval mode: model.eval()")
+    self.check(inputs, int(state.positions.max()))
+    lengths = state.check_lengths(lengths, inputs.shape[1])
+    with torch.no_grad():
+        x = self.vectors(_cleared(inputs, lengths))
+        if "conv" in state.parts:
+            x = state.parts["conv"].step(self.conv, x, lengths)
+        n = torch.arange(x.shape[1], device=x.device)
+        x = self.placed(x, state.positions.to(x.device)[:, None] + n)
+        for i, block in enumerate(self.blocks):
+            x = block.step(x, state.parts[str(i)], lengths)
+        state.advance(x.shape[1], lengths)
+        return x if self.norm is None else normalise(self.norm, x)
+
+
+def _cleared(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    "Zeros in place of padding, where a stream may also have no new token at all."
+    if lengths is None:
+        return x
+    padding = torch.arange(x.shape[1]) >= lengths[:, None]  # (B, n)
+    shape = *padding.shape, *[1] * (x.ndim - 2)
+    return x.masked_fill(padding.to(x.device).view(shape), 0)
 
 
 # %% ../nbs/06_model.ipynb #5d6b91cd

@@ -12,6 +12,8 @@ __all__ = [
     "TOL",
     "score_bounds",
     "flex_attend",
+    "LaSState",
+    "las_state",
 ]
 
 # %% ../../nbs/room_fast.ipynb #c4e6af65
@@ -20,6 +22,7 @@ from .plan import plan, Group, METHODS, TOL
 from .plan import score_bounds
 from .bands import Band
 from .flex import flex_attend
+from .state import LaSState, las_state
 
 # %% ../../nbs/room_fast.ipynb #657326c2
 _all_ = [
@@ -31,4 +34,6 @@ _all_ = [
     "TOL",
     "score_bounds",
     "flex_attend",
+    "LaSState",
+    "las_state",
 ]

@@ -8,7 +8,8 @@ __all__ = ["influence", "Attention", "ALiBi", "Local"]
 # %% ../../nbs/11_layers.ipynb #482286d9
 import torch, torch.nn.functional as F
 from torch import nn
-from .las import SelfAttention
+from ..fast import LaSState, las_state
+from .las import SelfAttention, check_causal
 from .register import register_mixer
 from ..padding import key_mask, whole_lengths
 
@@ -44,6 +45,14 @@ class Attention(SelfAttention):
         return F.scaled_dot_product_attention(
             q, k, v, self.real_keys(k, lengths), is_causal=self.causal
         )
+
+    def state(self, batch: int) -> LaSState:
+        """An empty past for `batch` streams: LaS without decay or smoothing keeps all
+        keys. Raises `ValueError` unless the layer is causal."""
+        check_causal(self)
+        weight, rates = self.qkv.weight, (0.0,) * self.n_heads
+        kind = dict(dtype=weight.dtype, device=weight.device)
+        return las_state(batch, rates, len(self.out.weight) // self.n_heads, 1, **kind)
 
     def real_keys(
         self, k: torch.Tensor, lengths: torch.Tensor | None
