@@ -10,6 +10,7 @@ __all__ = [
     "normalise",
     "Block",
     "Pretrained",
+    "Vectors",
     "Inputs",
     "Trunk",
     "Encoder",
@@ -333,8 +334,8 @@ def _dtype_of(layer: nn.Embedding | nn.Linear) -> torch.dtype:
 
 
 # %% ../nbs/06_model.ipynb #3480443a
-class Inputs(Pretrained):
-    "Tokens or values become vectors, with positions if there are to be any."
+class Vectors(Pretrained):
+    "Tokens or values become vectors, each for itself."
 
     vocab: int | None
     in_features: int | None
@@ -354,6 +355,31 @@ class Inputs(Pretrained):
         self.conv = _short(dim, config["input_conv"])
         if self.positions == "learned":
             self.position = nn.Parameter(0.02 * torch.randn(config["max_len"], dim))
+
+    def vectors(self, inputs: torch.Tensor) -> torch.Tensor:
+        "The vector of every token, or value, `(B, L, dim)`."
+        if self.vocab:
+            inputs = inputs.long()
+            _check_tokens(inputs, self.vocab)
+        # under autocast too, what blocks add to stays float32
+        return self.embed(inputs).to(_dtype_of(self.embed))
+
+    def placed(
+        self,
+        x: torch.Tensor,  # `(B, L, dim)`
+        at: torch.Tensor,  # positions `(L,)` or `(B, L)`
+    ) -> torch.Tensor:  # `(B, L, dim)`
+        "Vectors with their positions added, if there are to be any."
+        if self.positions == "sinusoidal":
+            return x + sinusoids(at, x.shape[2], x.dtype)
+        if self.positions == "learned":
+            return x + self.position[at.clamp(max=len(self.position) - 1)]
+        return x
+
+
+# %% ../nbs/06_model.ipynb #2c604599
+class Inputs(Vectors):
+    "What enters the first block, with positions if there are to be any."
 
     def check(self, inputs: torch.Tensor, before: int = 0) -> None:
         "Raise `ValueError` unless `inputs`, after so many, are what this model takes."
@@ -383,26 +409,6 @@ class Inputs(Pretrained):
         self.check(inputs)
         x = self.conv(self.vectors(clear_padding(inputs, lengths)))
         return self.placed(x, torch.arange(x.shape[1], device=x.device))
-
-    def vectors(self, inputs: torch.Tensor) -> torch.Tensor:
-        "The vector of every token, or value, `(B, L, dim)`."
-        if self.vocab:
-            inputs = inputs.long()
-            _check_tokens(inputs, self.vocab)
-        # under autocast too, what blocks add to stays float32
-        return self.embed(inputs).to(_dtype_of(self.embed))
-
-    def placed(
-        self,
-        x: torch.Tensor,  # `(B, L, dim)`
-        at: torch.Tensor,  # positions `(L,)` or `(B, L)`
-    ) -> torch.Tensor:  # `(B, L, dim)`
-        "Vectors with their positions added, if there are to be any."
-        if self.positions == "sinusoidal":
-            return x + sinusoids(at, x.shape[2], x.dtype)
-        if self.positions == "learned":
-            return x + self.position[at.clamp(max=len(self.position) - 1)]
-        return x
 
 
 # %% ../nbs/06_model.ipynb #f26687a4

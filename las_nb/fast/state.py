@@ -356,6 +356,7 @@ class LaSState(State):
         return g.reach if self.chunk is None else self.chunk
 
 
+# %% ../../nbs/state.ipynb #16ee3b0b
 @patch
 def _holds(self: LaSState, tensors: dict[str, torch.Tensor]) -> bool:
     "Rings that have forgotten keys must be as long as those of this state."
@@ -503,6 +504,7 @@ def _keep(
         x.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
+# %% ../../nbs/state.ipynb #c2965fbe
 @patch
 def _fold(
     self: LaSState,
