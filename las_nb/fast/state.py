@@ -291,6 +291,12 @@ def pick_rows(
     return x.gather(2, at[:, None, :, None].expand(B, H, -1, D))
 
 
+# %% ../../nbs/state.ipynb #3010e1bb
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    "Sums over a hundred thousand values are kept in float64, where a device has it."
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 # %% ../../nbs/state.ipynb #dc91e5aa
 class LaSState(State):
     """Keys and values that causal LaS attention needs of what it has read; see
@@ -351,12 +357,14 @@ class LaSState(State):
         p = self.positions
         return (p[:1] if bool((p == p[0]).all()) else p).to(self.device)
 
-    def _room(self, g: Kept) -> int | None:
-        "How many keys a head needs at most; None = all."
-        return g.reach if self.chunk is None else self.chunk
-
 
 # %% ../../nbs/state.ipynb #16ee3b0b
+@patch
+def _room(self: LaSState, g: Kept) -> int | None:
+    "How many keys a head needs at most; None = all."
+    return g.reach if self.chunk is None else self.chunk
+
+
 @patch
 def _holds(self: LaSState, tensors: dict[str, torch.Tensor]) -> bool:
     "Rings that have forgotten keys must be as long as those of this state."
@@ -366,11 +374,6 @@ def _holds(self: LaSState, tensors: dict[str, torch.Tensor]) -> bool:
         if C < most and C != room or room is not None and C > room:
             return False
     return True
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    "Sums over a hundred thousand values are kept in float64, where a device has it."
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 # %% ../../nbs/state.ipynb #fae6d5e3
