@@ -377,25 +377,30 @@ class Inputs(Pretrained):
         x = self.conv(self.vectors(clear_padding(inputs, lengths)))
         return self.placed(x, torch.arange(x.shape[1], device=x.device))
 
-    def vectors(self, inputs: torch.Tensor) -> torch.Tensor:
-        "The vector of every token, or value, `(B, L, dim)`."
-        if self.vocab:
-            inputs = inputs.long()
-            _check_tokens(inputs, self.vocab)
-        # under autocast too, what blocks add to stays float32
-        return self.embed(inputs).to(self.embed.weight.dtype)
 
-    def placed(
-        self,
-        x: torch.Tensor,  # `(B, L, dim)`
-        at: torch.Tensor,  # positions `(L,)` or `(B, L)`
-    ) -> torch.Tensor:  # `(B, L, dim)`
-        "Vectors with their positions added, if there are to be any."
-        if self.positions == "sinusoidal":
-            return x + sinusoids(at, x.shape[2], x.dtype)
-        if self.positions == "learned":
-            return x + self.position[at.clamp(max=len(self.position) - 1)]
-        return x
+# %% ../nbs/06_model.ipynb #5ba7e002
+@patch
+def vectors(self: Inputs, inputs: torch.Tensor) -> torch.Tensor:
+    "The vector of every token, or value, `(B, L, dim)`."
+    if self.vocab:
+        inputs = inputs.long()
+        _check_tokens(inputs, self.vocab)
+    # under autocast too, what blocks add to stays float32
+    return self.embed(inputs).to(self.embed.weight.dtype)
+
+
+@patch
+def placed(
+    self: Inputs,
+    x: torch.Tensor,  # `(B, L, dim)`
+    at: torch.Tensor,  # positions `(L,)` or `(B, L)`
+) -> torch.Tensor:  # `(B, L, dim)`
+    "Vectors with their positions added, if there are to be any."
+    if self.positions == "sinusoidal":
+        return x + sinusoids(at, x.shape[2], x.dtype)
+    if self.positions == "learned":
+        return x + self.position[at.clamp(max=len(self.position) - 1)]
+    return x
 
 
 # %% ../nbs/06_model.ipynb #f26687a4

@@ -339,21 +339,30 @@ class LaSState(State):
         how = dict(dtype=dtype or self.dtype, device=self.device)
         self.tensors[name] = torch.zeros(len(self.positions), *shape, **how)
 
-    def _wide(self, *tensors: torch.Tensor) -> torch.dtype:
-        "The dtype to compute in: float32 at least."
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        for t in tensors:
-            dtype = torch.promote_types(dtype, t.dtype)
-        return dtype
 
-    def _at(self) -> torch.Tensor:  # `(B,)`, or `(1,)` where all streams are alike
-        "How many tokens are known, where the keys are."
-        p = self.positions
-        return (p[:1] if bool((p == p[0]).all()) else p).to(self.device)
+# %% ../../nbs/state.ipynb #5ba7e001
+@patch
+def _wide(self: LaSState, *tensors: torch.Tensor) -> torch.dtype:
+    "The dtype to compute in: float32 at least."
+    dtype = torch.promote_types(self.dtype, torch.float32)
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
 
-    def _room(self, g: Kept) -> int | None:
-        "How many keys a head needs at most; None = all."
-        return g.reach if self.chunk is None else self.chunk
+
+@patch
+def _at(
+    self: LaSState,
+) -> torch.Tensor:  # `(B,)`, or `(1,)` where all streams are alike
+    "How many tokens are known, where the keys are."
+    p = self.positions
+    return (p[:1] if bool((p == p[0]).all()) else p).to(self.device)
+
+
+@patch
+def _room(self: LaSState, g: Kept) -> int | None:
+    "How many keys a head needs at most; None = all."
+    return g.reach if self.chunk is None else self.chunk
 
 
 @patch
@@ -362,7 +371,8 @@ def _holds(self: LaSState, tensors: dict[str, torch.Tensor]) -> bool:
     most = int(tensors["positions"].max())
     for i, g in enumerate(self.kept):
         C, room = tensors[f"{i}.k"].shape[2], self._room(g)
-        if C < most and C != room or room is not None and C > room:
+        forgets = C < most and C != room
+        if forgets or C > (room or math.inf):
             return False
     return True
 
