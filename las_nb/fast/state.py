@@ -291,12 +291,6 @@ def pick_rows(
     return x.gather(2, at[:, None, :, None].expand(B, H, -1, D))
 
 
-# %% ../../nbs/state.ipynb #3010e1bb
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    "Sums over a hundred thousand values are kept in float64, where a device has it."
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 # %% ../../nbs/state.ipynb #dc91e5aa
 class LaSState(State):
     """Keys and values that causal LaS attention needs of what it has read; see
@@ -345,20 +339,26 @@ class LaSState(State):
         how = dict(dtype=dtype or self.dtype, device=self.device)
         self.tensors[name] = torch.zeros(len(self.positions), *shape, **how)
 
-    def _wide(self, *tensors: torch.Tensor) -> torch.dtype:
-        "The dtype to compute in: float32 at least."
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        for t in tensors:
-            dtype = torch.promote_types(dtype, t.dtype)
-        return dtype
 
-    def _at(self) -> torch.Tensor:  # `(B,)`, or `(1,)` where all streams are alike
-        "How many tokens are known, where the keys are."
-        p = self.positions
-        return (p[:1] if bool((p == p[0]).all()) else p).to(self.device)
+# %% ../../nbs/state.ipynb #5ba7e001
+@patch
+def _wide(self: LaSState, *tensors: torch.Tensor) -> torch.dtype:
+    "The dtype to compute in: float32 at least."
+    dtype = torch.promote_types(self.dtype, torch.float32)
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
 
 
-# %% ../../nbs/state.ipynb #16ee3b0b
+@patch
+def _at(
+    self: LaSState,
+) -> torch.Tensor:  # `(B,)`, or `(1,)` where all streams are alike
+    "How many tokens are known, where the keys are."
+    p = self.positions
+    return (p[:1] if bool((p == p[0]).all()) else p).to(self.device)
+
+
 @patch
 def _room(self: LaSState, g: Kept) -> int | None:
     "How many keys a head needs at most; None = all."
@@ -371,9 +371,15 @@ def _holds(self: LaSState, tensors: dict[str, torch.Tensor]) -> bool:
     most = int(tensors["positions"].max())
     for i, g in enumerate(self.kept):
         C, room = tensors[f"{i}.k"].shape[2], self._room(g)
-        if C < most and C != room or room is not None and C > room:
+        forgets = C < most and C != room
+        if forgets or C > (room or math.inf):
             return False
     return True
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    "Sums over a hundred thousand values are kept in float64, where a device has it."
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 # %% ../../nbs/state.ipynb #fae6d5e3
@@ -507,7 +513,6 @@ def _keep(
         x.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
-# %% ../../nbs/state.ipynb #c2965fbe
 @patch
 def _fold(
     self: LaSState,
