@@ -26,7 +26,7 @@ import torch
 from pathlib import Path
 from typing import Any, Callable
 from ._command import guarded
-from ._util import check_choice, commit_id, import_extension, read_json
+from ._util import at_home, check_choice, commit_id, import_extension, read_json
 from ._util import replace_file
 from .bench import _in_turn, in_own_process, peak_of, training_step
 from .experiments import same_settings, work_off
@@ -47,7 +47,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except ImportError:
         import tomli as tomllib  # Python 3.10
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(at_home(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"cannot read the grid {path}: {e.strerror}") from None
     except ValueError as e:

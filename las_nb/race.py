@@ -17,7 +17,7 @@ import json, statistics
 from pathlib import Path
 from typing import Any
 from ._command import guarded
-from ._util import check_choice, import_extension
+from ._util import at_home, check_choice, import_extension
 from .compare import arguments, read_toml
 from .experiments import work_off
 from .results import mean_range
@@ -92,7 +92,7 @@ def race_records(
     found = {}
     for name in runs:
         record = read_record(results, name)
-        so_far = Path(results) / "unfinished" / f"{name}.json"
+        so_far = at_home(results) / "unfinished" / f"{name}.json"
         if record is None and so_far.exists():
             record = json.loads(so_far.read_text(encoding="utf-8"))
         if record is not None:

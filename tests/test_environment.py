@@ -7,9 +7,14 @@ import las_nb._util as util
 import las_nb.train.loop as lib
 from las_nb._command import parse
 from las_nb.cli import main
+from las_nb.compare import read_toml
 from las_nb.model import LaSTransformer
+from las_nb.results.record import migrate_records, read_record, read_records
+from las_nb.results.record import write_record
 from las_nb.settings import Compare, Eval, Train
 from las_nb.tasks import DataError, data_root
+from las_nb.tasks.listops import write_listops
+from las_nb.tasks.pathfinder import write_pathfinder
 from las_nb.train import load_run, train
 
 LAS = [sys.executable, "-c", "from las_nb.cli import main; main()"]
@@ -150,6 +155,20 @@ def test_functions_know_where_home_is(home):
     assert recipe.model.dim == 8
     LaSTransformer.from_pretrained("~/run").save_pretrained("~/copy")
     assert (home / "copy" / "model.safetensors").exists() and not Path("~").exists()
+
+
+def test_files_that_are_written_and_read_lie_at_home(home):
+    record = dict(name="x", command="", curve={}, test=50.0)
+    write_record("~/results", "x", record)
+    assert read_record("~/results", "x") == record
+    assert len(read_records(Path("~/results/runs.jsonl"))) == 1
+    assert migrate_records(home / "none") == 0
+    write_listops("~/lists", 12, jobs=1, low=20, high=60)
+    write_pathfinder("~/paths", 32, 12, jobs=1)
+    (home / "grid.toml").write_text("a = 1")
+    assert read_toml("~/grid.toml") == dict(a=1) and not Path("~").exists()
+    made = {p.name for p in home.iterdir()}
+    assert made == {"results", "lists", "paths", "grid.toml"}
 
 
 def test_nobody_has_a_home(monkeypatch, capsys):

@@ -1,6 +1,6 @@
 "Pathfinder: labels against the drawn contours, the rules of the game, the files."
 
-import json, math, shutil
+import json, math, os, shutil
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -322,6 +322,21 @@ def test_official_files_with_a_gap_are_refused(tmp_path):
         DataError, match="metadata/1.npy is missing; complete the official files"
     ):
         load_task("pathfinder", tmp_path)
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_picture_that_is_drawn_over_is_noticed(tmp_path, dated):
+    "Its size stays, and its date if it is `dated`; so does the text file that lists it."
+    top = tmp_path / "pathfinder32" / "curv_contour_length_14"
+    write_pathfinder(top, 32, 40, jobs=1)
+    only_first(top)
+    path = top / "imgs" / "0" / "sample_0.png"
+    for shade in (50, 200):
+        Image.fromarray(np.full((32, 32), shade, np.uint8)).save(path)
+        if dated:
+            os.utime(path, ns=(0, 0))
+        values = load_task("pathfinder", tmp_path)["train"].values
+        assert values[:1024].unique().tolist() == [shade]
 
 
 def only_first(top):

@@ -23,7 +23,7 @@ __all__ = [
 import fnmatch, functools, json, statistics
 from pathlib import Path
 from typing import Any, TypedDict
-from .._util import replace_file
+from .._util import at_home, replace_file
 from ..settings import Recipe, flat, read_recipe, stored
 from ..train import TrainingError, identity
 from ..train.recipe import read_command
@@ -95,7 +95,7 @@ def record_file(
     name: str,  # of a run, or "grid/cell"
 ) -> Path:
     "The file that holds the record of a run: `GRID.jsonl`, or `runs.jsonl`."
-    return Path(results) / f"{name.rpartition('/')[0] or 'runs'}.jsonl"
+    return at_home(results) / f"{name.rpartition('/')[0] or 'runs'}.jsonl"
 
 
 def _is_record(found: Any) -> bool:
@@ -127,6 +127,7 @@ def read_records(
 ) -> dict[str, dict[str, Any]]:  # name -> record
     "All records of a file, if there is one; raises `ValueError` when it is damaged."
     try:
+        path = at_home(path)
         known = path.stat()
     except FileNotFoundError:
         return {}
@@ -163,7 +164,7 @@ def gather_records(
     results: str | Path,  # folder of results files
 ) -> int:  # how many
     "Move records that stand in a file each into the file that holds them now."
-    results, moved = Path(results), 0
+    results, moved = at_home(results), 0
     for path in sorted([*results.glob("*.json"), *results.glob("*/*.json")]):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +183,7 @@ def migrate_records(
 ) -> int:  # how many
     "Give records of earlier versions their recipe, and the place that they have now."
     moved = gather_records(results)
-    for path in sorted(Path(results).glob("*.jsonl")):
+    for path in sorted(at_home(results).glob("*.jsonl")):
         for name, record in read_records(path).items():
             recipe = recipe_of(record)
             known = dict(recipe=stored(recipe), identity=identity(recipe))
@@ -205,7 +206,7 @@ def load_results(
     except ValueError as e:
         raise TrainingError(str(e)) from None
     runs = [single[name] for name in sorted(fnmatch.filter(single, pattern))]
-    for path in sorted(Path(folder).glob(f"{pattern}.json")):
+    for path in sorted(at_home(folder).glob(f"{pattern}.json")):
         try:
             runs.append(json.loads(path.read_text()))
             runs[-1]["curve"]["valid"]

@@ -25,7 +25,7 @@ import torch
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
-from typing import Any, Callable, IO, Iterable, Iterator
+from typing import Any, Callable, IO, Iterable, Iterator, Sequence
 from .._util import DataError, _cores, at_home, cache_folder, read_json
 from .._util import replace_file
 from .sequences import Sequences
@@ -57,6 +57,9 @@ def encoded(
     parts: Callable[[], Iterator[tuple[Any, ...]]],
     source: str,  # where the data come from, for the record
     scale: tuple[float, float] | None = None,  # see Sequences
+    # the same as files, where they are very many: all their contents are read for it
+    # only if they are small together
+    many: Sequence[Path] = (),
 ) -> dict[str, Sequences]:  # part -> its sequences, mapped from files in the cache
     """Read data through the cache; raises `DataError` when a source cannot be read or
     the cache not be written, and what `parts` raises."""
@@ -64,7 +67,7 @@ def encoded(
 
     place = _hash(str(Path(files[0]).resolve()))[:16]
     folder = _cache_folder() / "encoded" / place
-    mark = _mark(files)
+    mark = _mark(files, many)
 
     def read_all():
         try:
@@ -90,19 +93,20 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _mark(files: list[Path]) -> str:
+def _mark(files: list[Path], many: Sequence[Path] = ()) -> str:
     """A mark of the format and of the files: names, sizes and dates; and contents,
-    where all files together have no more than 64 MiB, which takes a fifth of a second
-    to read."""
+    where all of `files`, or of `many`, together have no more than 64 MiB, which takes
+    a fifth of a second to read."""
     try:
-        stats = [(str(f), f.stat()) for f in files]
+        stats = [(str(f), f.stat()) for f in [*files, *many]]
     except OSError as e:
         raise DataError(f"cannot read {e.filename} ({e.strerror})") from None
     facts = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
     content = hashlib.sha256()
-    if sum(s.st_size for _, s in stats) <= 2**26:
-        for f in files:
-            content.update(f.read_bytes())
+    for group, known in ((files, stats[: len(files)]), (many, stats[len(files) :])):
+        if sum(s.st_size for _, s in known) <= 2**26:
+            for f in group:
+                content.update(f.read_bytes())
     return _hash(repr((2, facts, content.hexdigest())))  # 2: this format
 
 
@@ -238,10 +242,10 @@ def official(
 
 
 def _holds_something(path: Path) -> bool:
-    "A file, or a folder with more in it than macOS puts there."
+    "A file, or a folder with more than hidden files in it, as macOS leaves them."
     if not path.is_dir():
         return path.exists()
-    return any(not p.name.startswith("._") for p in path.iterdir())
+    return any(not p.name.startswith(".") for p in path.iterdir())
 
 
 # %% ../../nbs/files.ipynb #f752734a

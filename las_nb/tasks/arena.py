@@ -10,7 +10,8 @@ import os, random, shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
-from ._files import alone, download, extract, official
+from .._util import DataError
+from ._files import alone, download, extract, noted, official
 
 
 # %% ../../nbs/archive.ipynb #b96fa994
@@ -41,20 +42,34 @@ def refuse_size(task: str, size: int | None, seed: int) -> None:
 LRA_URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 
 
+def _lies_there(root: Path, path: str) -> bool:
+    "Are official files there already? Generated ones do not count."
+    found = official(root, path)
+    return found is not None and noted(found) is None
+
+
+def _free_place(root: Path, path: str) -> Path:
+    "Where official files may be put, and are found before generated ones."
+    for top in ("", "lra_release", "lra_release/lra_release"):
+        if not (root / top / path).exists():
+            return root / top / path
+    raise DataError(f"{root / path} is in the way: move it, or name another root")
+
+
 def from_archive(
     root: Path,  # as from data_root
     path: str,  # folder in the official layout, such as "listops-1000"
     fetch: bool = False,  # download the archive if it is not there
 ) -> bool:  # whether the path is there now
     "Take one task out of the official archive, if the archive lies in the root."
-    if official(root, path):
+    if _lies_there(root, path):
         return True
     archives = root / "lra_release.gz", root / "lra_release.tar.gz"
     archive = next((p for p in archives if p.exists()), None)
     if not archive and not fetch:
         return False
     with alone(root):
-        if official(root, path):
+        if _lies_there(root, path):
             return True  # another process was faster
         archive = next((p for p in archives if p.exists()), None)
         if not archive:
@@ -69,9 +84,9 @@ def _take_inner(archive: Path, path: str, root: Path) -> bool:  # whether it was
     try:
         if not extract(archive, partial(_below, path), aside):
             return False
-        inner = max(aside.iterdir()) / path
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(inner, root / path)
+        inner, target = max(aside.iterdir()) / path, _free_place(root, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(inner, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return True

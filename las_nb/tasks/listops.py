@@ -28,7 +28,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
-from .._util import DataError
+from .._util import DataError, at_home
 from ._files import encoded, in_parallel, made_or_official
 from .arena import ARENA, unpacked_first
 from .sequences import Batch, Sequences
@@ -176,7 +176,7 @@ def write_listops(
     if sum(counts.values()) <= 2000:
         jobs = 1
     blocks = in_parallel(partial(block_of_lines, seed, low, high), todo, jobs)
-    folder = Path(folder)
+    folder = at_home(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
         files = {part: Path(aside) / f"basic_{part}.tsv" for part in counts}

@@ -33,7 +33,7 @@ import io, math
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
-from .._util import DataError, replace_file
+from .._util import DataError, at_home, replace_file
 from ._files import encoded, in_parallel, made_or_official, noted
 from .arena import ARENA, unpacked_first
 from .sequences import Sequences
@@ -593,7 +593,7 @@ def write_pathfinder(
 ) -> None:
     """Generate Pathfinder in the official layout; goes on where it was cut. The same
     arguments give the same files."""
-    work = partial(_write_folder, Path(top), side, seed)
+    work = partial(_write_folder, at_home(top), side, seed)
     for _ in in_parallel(work, folders(size), jobs):
         pass
 
@@ -720,7 +720,8 @@ def pathfinder(
             part = "train" if i < train else "valid"
             yield (part if i < valid else "test"), label, pixels
 
-    return encoded(listings, parts, source, scale=(0.5, 0.5))
+    pictures = sorted(top.glob("imgs/*/[!.]*"))
+    return encoded(listings, parts, source, scale=(0.5, 0.5), many=pictures)
 
 
 # %% ../../nbs/20_pathfinder.ipynb #273941f4
