@@ -513,6 +513,7 @@ def _keep(
         x.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
+# %% ../../nbs/state.ipynb #195ce064
 @patch
 def _fold(
     self: LaSState,

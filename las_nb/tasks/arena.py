@@ -77,6 +77,7 @@ def from_archive(
         return _take_inner(archive, path, root)
 
 
+# %% ../../nbs/archive.ipynb #c72434bd
 def _take_inner(archive: Path, path: str, root: Path) -> bool:  # whether it was there
     "Unpack all copies of a task aside, and keep the inner one."
     aside = root / ".copies"
