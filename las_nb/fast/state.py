@@ -513,7 +513,7 @@ def _keep(
         x.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
-# %% ../../nbs/state.ipynb #195ce064
+# %% ../../nbs/state.ipynb #5ba7e003
 @patch
 def _fold(
     self: LaSState,
@@ -687,11 +687,11 @@ def las_state(
     dtype: torch.dtype = torch.float32,  # in which keys and values are kept
     device: torch.device | str | None = None,  # where they are kept
 ) -> LaSState:
-    """What causal LaS attention keeps while it decodes: `state.step(q, k, v)` gives what
-    `las_attention` gives at these positions.
+    """What causal LaS attention keeps while it decodes: `state.step(q, k, v)` gives
+    what `las_attention` gives at these positions.
 
-    Raises `ValueError` for options that `las_attention` refuses, and for a `tol` without
-    a `score_bound`: what is forgotten cannot depend on what comes later."""
+    Raises `ValueError` for options that `las_attention` refuses, and for a `tol`
+    without a `score_bound`: what is forgotten cannot depend on what comes later."""
     if not isinstance(rates, torch.Tensor):
         rates = torch.tensor(rates, dtype=torch.float64)
     rates = check_rates(rates).detach().double().cpu()
