@@ -19,12 +19,13 @@ __all__ = [
 # %% ../nbs/01_attention.ipynb #e40f3222
 import contextlib, math
 import torch
+from typing import Any
 
 
 # %% ../nbs/01_attention.ipynb #cf2f85a0
 def no_autocast(
     x: torch.Tensor,  # any tensor
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[Any, bool | None]:
     "A context in which autocast rounds no product on the device of `x`."
     if x.is_meta:  # there torch has no autocast
         return contextlib.nullcontext()

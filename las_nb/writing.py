@@ -92,6 +92,7 @@ class Letters:
     coder: Any
     seen: list[int]
     shown: str
+    utf8: codecs.IncrementalDecoder
 
     def __init__(self, coder: Any = None):  # tokenizers.Tokenizer; None: bytes
         self.coder, self.seen, self.shown = coder, [], ""

@@ -18,7 +18,7 @@ __all__ = [
 import math
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
 from .api import check_limits, las_attention
@@ -111,6 +111,7 @@ class State:
     tensors: dict[str, torch.Tensor]
     parts: dict[str, "State"]
     dtype: torch.dtype
+    device: torch.device
 
     def __init__(
         self,
@@ -304,6 +305,7 @@ class LaSState(State):
     tol: float | None
     bounds: tuple[float, ...] | None
     chunk: int | None
+    sizes: tuple[int, int]  # D of keys, and of values
 
     def __init__(
         self,
@@ -313,7 +315,7 @@ class LaSState(State):
         sizes: tuple[int, int],  # D of keys, and of values
         window: Window,  # W, or its weights, newest key first
         pool: str,  # what is averaged: "scores" or "weights"
-        limits: tuple,  # tol, bounds and chunk, see las_state
+        limits: tuple[Any, ...],  # tol, bounds and chunk, see las_state
         dtype: torch.dtype,
         device: torch.device | str | None,
     ):
