@@ -1052,7 +1052,6 @@ def test_table():
                 pathx=None,
             )
         },
-        dict(listops=53),
     )
     assert (
         "| LaS | 52.00 (50.00 to 54.00) |" in table

@@ -65,7 +65,8 @@ def test_presets_build_a_model_that_runs(task):
             if about.vocab is None
             else torch.randint(about.vocab, (2, 2, 16) if about.pairs else (2, 16))
         )
-        assert model(inputs).shape == (2, about.n_classes)
+        each = (16,) if about.any_text else ()  # an answer at every position
+        assert model(inputs).shape == (2, *each, about.n_classes)
         # survives a file
         assert read_recipe(json.loads(json.dumps(stored(recipe)))) == recipe
         assert command_line(recipe) == f"las train {task}" + f" --preset {name}" * (
