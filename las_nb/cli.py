@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any, Callable
 from . import settings
 from ._command import guarded, needs, parse, summary
-from las_nb._util import (
-    at_home,
-    check_choice,
-    import_extension,
-    is_first,
-    nearest,
-    refuse,
-)
+from ._util import at_home, check_choice, import_extension, is_first
+from ._util import nearest, refuse
 
 
 # %% ../nbs/cli.ipynb #fbb86846

@@ -50,8 +50,30 @@ def draw(
     return torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
 
 
-# %% ../nbs/writing.ipynb #e7b24190
+# %% ../nbs/writing.ipynb #7645800c
 @torch.no_grad()
+def _tokens(
+    model: Any,
+    prompt: list[int],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    end: int | None,
+) -> Iterator[int]:
+    "The loop of generate."
+    device = next(model.parameters()).device
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    state, new = model.state(1), torch.tensor([prompt], device=device)  # (1, n)
+    for _ in range(max_tokens):
+        logits = model.answers(model.step(new, state)[:, -1])  # (1, n_classes)
+        new = draw(logits, temperature, top_p, generator)[:, None]  # (1, 1)
+        yield int(new)
+        if int(new) == end:
+            return
+
+
+# %% ../nbs/writing.ipynb #e7b24190
 def generate(
     model: Any,  # a LaSTransformer with readout="every", in eval mode
     prompt: list[int],  # tokens to begin with, at least one
@@ -74,15 +96,7 @@ def generate(
         raise ValueError("the prompt is empty: give one token at least")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
-    device = next(model.parameters()).device
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    state, new = model.state(1), torch.tensor([prompt], device=device)  # (1, n)
-    for _ in range(max_tokens):
-        logits = model.answers(model.step(new, state)[:, -1])  # (1, n_classes)
-        new = draw(logits, temperature, top_p, generator)[:, None]  # (1, 1)
-        yield int(new)
-        if int(new) == end:
-            return
+    return _tokens(model, prompt, max_tokens, temperature, top_p, seed, end)
 
 
 # %% ../nbs/writing.ipynb #f71ef9ae

@@ -16,7 +16,6 @@ __all__ = [
     "wikitext",
     "own_text",
     "documents",
-    "coder",
     "load_passages",
 ]
 
@@ -300,7 +299,6 @@ def own_text(
 
 
 # %% ../../nbs/passages.ipynb #45f6ae33
-@functools.lru_cache(2)
 def documents(
     root: Path,
     name: str,  # of WIKITEXT
@@ -308,13 +306,6 @@ def documents(
 ) -> dict[str, list[bytes]]:
     "The documents of every split."
     return own_text(path) if path else wikitext(root, name)
-
-
-def coder(
-    root: Path, name: str, path: str | None, tokens: int | None
-) -> Any:  # tokenizers.Tokenizer, or None for bytes
-    "What turns the text of a recipe into tokens."
-    return tokens and learn_tokens(documents(root, name, path)["train"], tokens)
 
 
 def load_passages(
@@ -327,7 +318,7 @@ def load_passages(
 ) -> dict[str, Passages]:
     "The splits of a text: training passages end to end, others overlapping by half."
     found, splits = documents(root, name, path), {}
-    tokenizer = coder(root, name, path, tokens)
+    tokenizer = learn_tokens(found["train"], tokens) if tokens else None
     for part, texts in found.items():
         content = sum(map(len, texts)), sum(map(words, texts))
         stride = length if part == "train" else max(1, length // 2)
