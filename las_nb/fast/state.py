@@ -18,7 +18,7 @@ __all__ = [
 import math
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, one_dtype
 from .api import check_limits, las_attention
@@ -306,6 +306,7 @@ class LaSState(State):
     bounds: tuple[float, ...] | None
     chunk: int | None
     sizes: tuple[int, int]  # D of keys, and of values
+    tables: dict[Any, torch.Tensor]  # what only the options say, see _table
 
     def __init__(
         self,
@@ -320,6 +321,7 @@ class LaSState(State):
         device: torch.device | str | None,
     ):
         super().__init__(batch, dtype, device)
+        self.tables = {}
         self.kept, self.rates, self.window, self.pool = kept, rates, window, pool
         (self.tol, self.bounds, self.chunk), self.sizes = limits, sizes
         self.weights = window_weights(window).detach().cpu().expand(len(rates), -1)
@@ -411,15 +413,14 @@ def _far(
     self: LaSState,
     i: int,  # number of the group
     q: torch.Tensor,  # queries `(B, h, n, D)`, faded since the last token
+    count: torch.Tensor,  # how many keys are far `(b, 1, 1, 1)`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # `(B, h, 1 or n, Dv)`, `(B, h, 1 or n, 1)`
     "Mean of the far values, and the logarithm of their weight."
     g = self.kept[i]
-    count = (self._at() - g.reach).clamp(min=0).to(q)[:, None, None, None]
     total = self.tensors[f"{i}.sum"].to(q)[:, :, None]  # (B, h, 1, Dv)
     weight = count.expand(*q.shape[:2], 1, 1)
     if g.order:
-        alpha = self.rates[list(g.heads)].to(q)
-        fade = torch.exp(-alpha * g.reach)[:, None, None]
+        fade = self._table(("far", i), q, lambda: self._fades(i, g.reach))
         y = (q * fade) @ self.tensors[f"{i}.state"].to(q)  # (B, h, n, Dv + 1)
         total, weight = total + y[..., :-1], weight + y[..., -1:]
     return total / weight.clamp(min=1e-9), weight.log()
@@ -452,7 +453,8 @@ def _attend(
     if g.reach is None or most <= g.reach:
         w = torch.cat([s, own], -1).softmax(-1)
         return w[..., :used] @ old_v[:, :, :used].to(q) + w[..., used:] @ v
-    mean, weight = self._far(i, faded)
+    count = (self._at() - g.reach).clamp(min=0).to(q)[:, None, None, None]
+    mean, weight = self._far(i, faded, count)
     w = torch.cat([s, own, weight.expand(*q.shape[:3], 1)], -1).softmax(-1)
     near = w[..., :used] @ old_v[:, :, :used].to(q) + w[..., used:-1] @ v
     return near + w[..., -1:] * mean
@@ -539,6 +541,130 @@ def _fold(
     state += k.mT @ F.pad(v.to(state), (0, 1), value=1.0)  # (B, h, D, Dv + 1)
 
 
+# %% ../../nbs/state.ipynb #eda32b13
+def _some(heads: tuple[int, ...]) -> slice | list[int]:
+    "Heads as an index; a slice, which copies nothing, where they lie side by side."
+    first, last = heads[0], heads[-1]
+    return slice(first, last + 1) if last - first + 1 == len(heads) else list(heads)
+
+
+@patch
+def _place(self: LaSState, n: int, lengths: torch.Tensor | None) -> int | None:
+    "Where all streams stand, if one token is asked of each and no window is cut."
+    if n != 1 or lengths is not None or self.chunk is not None:
+        return None
+    p = self.positions
+    first = int(p[0])
+    whole = first >= max(1, self.weights.shape[1] - 1)
+    return first if whole and bool((p == first).all()) else None
+
+
+@patch
+def _table(
+    self: LaSState, name: Any, x: torch.Tensor, make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    "Numbers that only the options say, like `x`; made once."
+    found = self.tables.get(name)
+    if found is None or (found.dtype, found.device) != (x.dtype, x.device):
+        found = self.tables[name] = make().to(x)
+    return found
+
+
+@patch
+def _fades(
+    self: LaSState,
+    i: int,  # number of the group
+    age: torch.Tensor | int,  # in steps
+) -> torch.Tensor:  # `(h, 1, 1)`, or `(h, 1, n)` for n ages
+    "What is left of a score after so many steps."
+    alpha = self.rates[_some(self.kept[i].heads)].clamp(max=1e4)[:, None, None]
+    return torch.exp(-alpha * age)
+
+
+@patch
+def _aged(
+    self: LaSState,
+    i: int,  # number of the group
+    p: int,  # tokens that are known
+    q: torch.Tensor,  # of what dtype
+) -> torch.Tensor:  # `(h, 1, min(C, p))`
+    "What is left, one token later, of the scores of all keys that are kept."
+    C = self.tensors[f"{i}.k"].shape[2]
+    if self.kept[i].reach is None:  # no slot is used again
+        age = torch.arange(p, 0, -1, device=q.device, dtype=q.dtype)
+        alpha = self._table(
+            ("rate", i), q, lambda: self.rates[_some(self.kept[i].heads)]
+        )
+        return torch.exp(-alpha.clamp(max=1e4)[:, None, None] * age)
+    ages = torch.arange(2 * C - 1, -1, -1) % C + 1
+    table = self._table((i, C), q, lambda: self._fades(i, ages))  # (h, 1, 2 * C)
+    start = -p % C
+    return table[..., start : start + min(C, p)]
+
+
+# %% ../../nbs/state.ipynb #55482d70
+@patch
+def _smoothed_one(self: LaSState, x: torch.Tensor) -> torch.Tensor:
+    "New keys, or values, `(B, H, 1, D)`, averaged with those before them."
+
+    def taps():
+        lag = torch.arange(self.weights.shape[1])
+        fade = torch.exp(-self.rates[:, None] * lag)
+        w = self.weights * fade if self.pool == "scores" else self.weights
+        return w.flip(-1)[..., None]  # (H, W, 1)
+
+    rows = torch.cat([self.tensors["tail"].to(x), x], 2)  # (B, H, W, D)
+    return (rows * self._table("taps", x, taps)).sum(2, keepdim=True)
+
+
+@patch
+def _attend_one(
+    self: LaSState,
+    i: int,  # number of the group
+    p: int,  # tokens that are known
+    q: torch.Tensor,  # query `(B, h, 1, D)`, over sqrt(D)
+    k: torch.Tensor,  # key `(B, h, 1, D)`, smoothed
+    v: torch.Tensor,  # value `(B, h, 1, Dv)`
+) -> torch.Tensor:  # `(B, h, 1, Dv)`
+    "One new query attends to what is kept, and to its own key."
+    g, (K, V) = self.kept[i], (self.tensors[f"{i}.{x}"] for x in "kv")
+    used = min(K.shape[2], p)
+    s = q @ K[:, :, :used].to(q).mT * self._aged(i, p, q)  # (B, h, 1, used)
+    scores = [s, (q * k).sum(-1, keepdim=True)]
+    far = g.reach is not None and p > g.reach
+    if far:
+        step = self._table(("step", i), q, lambda: self._fades(i, 1))
+        mean, weight = self._far(i, q * step, q.new_full((1, 1, 1, 1), p - g.reach))
+        scores.append(weight.expand_as(scores[1]))
+    w = torch.cat(scores, -1).softmax(-1)
+    o = w[..., :used] @ V[:, :, :used].to(q) + w[..., used : used + 1] * v
+    return o + w[..., -1:] * mean if far else o
+
+
+@patch
+def _keep_one(
+    self: LaSState,
+    i: int,  # number of the group
+    p: int,  # tokens that are known
+    k: torch.Tensor,  # key `(B, h, 1, D)`, smoothed
+    v: torch.Tensor,  # value `(B, h, 1, Dv)`
+) -> None:
+    "A new key and value in place of the oldest, which join the far ones."
+    C, g = self._grow(i, p + 1), self.kept[i]
+    slots = [self.tensors[f"{i}.{x}"][:, :, p % C] for x in "kv"]  # (B, h, D or Dv)
+    if g.reach is not None and p >= g.reach:
+        total = self.tensors[f"{i}.sum"]
+        total += slots[1].to(total.dtype)
+    if g.order and p >= g.reach:
+        state = self.tensors[f"{i}.state"]  # (B, h, D, Dv + 1)
+        old_k, old_v = (t.to(state.dtype) for t in slots)
+        state *= self._table(("step", i), state, lambda: self._fades(i, 1))
+        state[..., :-1].addcmul_(old_k[..., None], old_v[..., None, :])
+        state[..., -1].add_(old_k)
+    for slot, new in zip(slots, (k, v)):
+        slot.copy_(new[:, :, 0])
+
+
 # %% ../../nbs/state.ipynb #f9278ff0
 def _longest(x: torch.Tensor) -> torch.Tensor:  # `(B, H)`
     "The norm of the longest row of every head."
@@ -612,15 +738,21 @@ def _next(
     if self.bounds is not None:
         longest = torch.maximum(self.tensors["size"], _longest(k))
         self.tensors["size"] = longest.to(self.tensors["size"].dtype)
+    p = self._place(q.shape[2], lengths)
     if self.pool == "weights":
-        v = self._smoothed(v)
+        v = self._smoothed(v) if p is None else self._smoothed_one(v)
     else:
-        k = self._smoothed(k)
+        k = self._smoothed(k) if p is None else self._smoothed_one(k)
     o = torch.empty_like(v) if attends else None
     for i, g in enumerate(self.kept):
-        mine = [t[:, list(g.heads)] for t in (q, k, v)]
+        heads = _some(g.heads)
+        mine = [t[:, heads] for t in (q, k, v)]
+        if p is not None:
+            o[:, heads] = self._attend_one(i, p, *mine)
+            self._keep_one(i, p, *mine[1:])
+            continue
         if attends:
-            o[:, list(g.heads)] = self._attend(i, *mine)
+            o[:, heads] = self._attend(i, *mine)
         self._keep(i, *mine[1:], lengths)
     self.tensors["tail"] = last_rows(self.tensors["tail"], raw, lengths)
     self.advance(q.shape[2], lengths)
