@@ -52,6 +52,7 @@ from .locality import exact_rates
 from .mixers.linear import linear_attention
 from .model import LaSTransformer
 from .settings import Bench
+from .streaming import decoding_record, decoding_table
 
 
 # %% ../nbs/16_bench.ipynb #fea343a8
@@ -742,6 +743,8 @@ def bench_main(asked: Bench) -> None:
     "The body of `las bench`."
     if asked.calibrate:
         return _calibrate(asked.rounds)
+    if asked.decoding:
+        return _decoding(asked)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rounds = asked.rounds
     ways = (asked.ways or ",".join(WAYS)).split(",")
@@ -922,3 +925,23 @@ def _measure_models(record: dict[str, Any], path: Path, device: str) -> None:
         _save(record, path)
         speeds = {k: f"{s['tokens_per_s']:,.0f} tokens/s" for k, s in found.items()}
         print(model, speeds, flush=True)
+
+
+# %% ../nbs/16_bench.ipynb #8d82858d
+def _decoding(asked: Bench) -> None:
+    "The body of `las bench --decoding`."
+    record = _new_record(asked.name or "decoding", "cpu", False)
+    path = Path(asked.out) / f"{record['name']}.json"
+    try:
+        _check_place(path)
+        record |= decoding_record()
+        record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        _save(record, path)
+    except ValueError as e:
+        refuse(e)
+    except OSError as e:
+        refuse(f"{e.strerror or e}: {e.filename or ''}")
+    except KeyboardInterrupt:
+        refuse("stopped: nothing was kept")
+    print(decoding_table(record["layer"] + record["model"]))
+    print(f"kept in {path}")

@@ -510,5 +510,7 @@ class Bench:
     models: bool = False  # also the training speed of whole models
     # nothing of that: fit what the plan takes each way to cost to this CPU, and keep it
     calibrate: bool = False
+    # nothing of that: tokens per second and memory of streams that are decoded
+    decoding: bool = False
     name: str | None = None  # of the results; by default bench-DEVICE
     out: str = "runs/bench"  # folder for NAME.json and NAME.png
