@@ -29,7 +29,7 @@ from torch import nn
 from typing_extensions import Self
 from ._util import at_home, check_choice, replace_file
 from .fast.state import State
-from .mixers import MIXERS, mixer_options
+from .mixers import MIXERS, check_mixer, mixer_options
 from .mixers.decode import ConvState, mixer_state, mixer_step
 from .mixers.las import LaSAttention, frozen
 from .padding import clear_padding, holds, key_mask, whole_lengths
@@ -445,17 +445,21 @@ def _check_tokens(tokens: torch.Tensor, vocab: int) -> None:
 # %% ../nbs/06_model.ipynb #c1b4aacb
 def _block_of(
     config: dict[str, Any],  # as of LaSTransformer
+    number: int,  # of the block, from 0
 ) -> Block:
     "One block; what is no argument of the model is one of its mixer."
     c, own = config, {k: v for k, v in config.items() if k not in _ARGUMENTS}
+    mixer, rotary = c["mixer"], c["positions"] == "rotary"
+    if c.get("hybrid") and number % 2:
+        mixer, own = c["hybrid"], {}
+        if mixer == "rotary":
+            mixer, rotary = "attention", True
     for known in ("n_heads", "causal", "max_len", "rotary"):
         own.pop(known, None)
-    rotary = c["positions"] == "rotary"
-    options = mixer_options(
-        c["mixer"], own, c["n_heads"], c["causal"], c["max_len"], rotary
-    )
+    sizes = c["n_heads"], c["causal"], c["max_len"]
+    options = mixer_options(mixer, own, *sizes, rotary)
     around = c["norm"], c["prenorm"], c["dropout"], c["feedforward"], c["conv"]
-    return Block(c["dim"], *around, c["mixer"], **options)
+    return Block(c["dim"], *around, mixer, **options)
 
 
 # %% ../nbs/06_model.ipynb #96f21edb
@@ -467,7 +471,9 @@ class Trunk(Inputs):
 
     def __init__(self, config: dict[str, Any]):  # config: as of LaSTransformer
         super().__init__(config)
-        self.blocks = nn.ModuleList(_block_of(config) for _ in range(config["depth"]))
+        self.blocks = nn.ModuleList(
+            _block_of(config, i) for i in range(config["depth"])
+        )
         self.norm = NORMS[config["norm"]](config["dim"]) if config["prenorm"] else None
 
     def features(
@@ -629,6 +635,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
     every = given["readout"] == "every"
     if every and (given["pairs"] or not given["causal"]):
         raise ValueError("an answer at every position is for causal models, not pairs")
+    if given["hybrid"] not in (None, "rotary"):
+        check_mixer(given["hybrid"])
     if given["tied"] and (not every or vocab != given["n_classes"]):
         raise ValueError(
             "tied is for readout='every', with as many classes as there are tokens"
@@ -670,6 +678,9 @@ class LaSTransformer(Encoder):
         conv: int | None = None,
         input_conv: int | None = None,  # the same after the embedding
         tied: bool = False,  # logits are products with the embedding of tokens
+        # mixer of every second block, with its defaults; "rotary" is attention with
+        # rotary positions; None = all blocks are alike
+        hybrid: str | None = None,
         mixer: str = "las",  # the layer that mixes positions: a key of MIXERS
         **options: Any,  # of the mixer; of "las": max_rate, window, pool, ...
     ):

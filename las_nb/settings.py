@@ -58,6 +58,8 @@ class Model:
     conv: int | None = None  # steps of a short convolution before every mixer; or none
     input_conv: int | None = None  # the same after the embedding
     tied: bool = False  # logits are products with the embedding of tokens
+    # mixer of every second block; rotary is attention with rotary positions
+    hybrid: str | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -72,6 +74,8 @@ class Mixer:
     max_rate: float = 0.1  # decay rate of the fastest head, per step
     # steps that are pooled, or their weights, newest first
     window: int | tuple[float, ...] = 3
+    # heads that pool: all, or the half with the lower or with the higher decay rates
+    window_heads: Literal["all", "slow", "fast"] = "all"
     pool: str = "scores"  # pool scores or weights
     causal: bool = True  # see the past only
     spacing: Literal["geometric", "uniform", "equal"] = "geometric"  # of decay rates

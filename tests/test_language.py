@@ -166,3 +166,36 @@ def test_wikitext_that_is_something_else(tmp_path):
 def test_runs_of_other_tasks_stay_what_they_were():
     # as before there were texts
     assert identity(preset("smnist")) == identity(preset("smnist", tied=False))
+
+
+@pytest.mark.parametrize("hybrid", ("rotary", "s4d"))
+def test_every_second_block_is_of_another_kind(hybrid):
+    torch.manual_seed(0)
+    sizes = dict(dim=16, depth=3, n_heads=2, vocab=16, readout="every")
+    model = LaSTransformer(16, hybrid=hybrid, **sizes).eval()
+    kinds = [type(block.mixer).__name__ for block in model.blocks]
+    other = {"rotary": "Attention", "s4d": "S4D"}[hybrid]
+    assert kinds == ["LaSAttention", other, "LaSAttention"]
+    assert [getattr(b.mixer, "rotary", None) for b in model.blocks][1::2] == [
+        {"rotary": True, "s4d": None}[hybrid]
+    ]
+    x, state = torch.randint(16, (2, 30)), model.state(2)
+    with torch.no_grad():
+        steps = [model.step(x[:, :20], state)]
+        steps += [model.step(x[:, t : t + 1], state) for t in range(20, 30)]
+        assert torch.allclose(torch.cat(steps, 1), model.features(x), atol=1e-5)
+
+
+def test_half_of_the_heads_smooth():
+    w, alone = (1 / 3,) * 3, (1.0, 0.0, 0.0)
+    for heads, rows in (
+        ("slow", (w, alone, alone)),
+        ("fast", (alone, w, w)),
+    ):
+        recipe = preset("digits", window_heads=heads, n_heads=3)
+        assert build(recipe).blocks[0].mixer.window == rows
+    for wrong in (dict(n_heads=1), dict(model="s4d")):
+        with pytest.raises(ValueError, match="window_heads|pools nothing"):
+            preset("digits", window_heads="slow", **wrong)
+    with pytest.raises(ValueError, match="there is no mixer 'foo'"):
+        LaSTransformer(10, 16, 2, 2, vocab=16, hybrid="foo")

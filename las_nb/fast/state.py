@@ -306,6 +306,7 @@ class LaSState(State):
     bounds: tuple[float, ...] | None
     chunk: int | None
     sizes: tuple[int, int]  # D of keys, and of values
+    decays: list[bool]  # does any head of a group?
     tables: dict[Any, torch.Tensor]  # what only the options say, see _table
 
     def __init__(
@@ -322,6 +323,7 @@ class LaSState(State):
     ):
         super().__init__(batch, dtype, device)
         self.tables = {}
+        self.decays = [bool(rates[list(g.heads)].any()) for g in kept]
         self.kept, self.rates, self.window, self.pool = kept, rates, window, pool
         (self.tol, self.bounds, self.chunk), self.sizes = limits, sizes
         self.weights = window_weights(window).detach().cpu().expand(len(rates), -1)
@@ -629,7 +631,9 @@ def _attend_one(
     "One new query attends to what is kept, and to its own key."
     g, (K, V) = self.kept[i], (self.tensors[f"{i}.{x}"] for x in "kv")
     used = min(K.shape[2], p)
-    s = q @ K[:, :, :used].to(q).mT * self._aged(i, p, q)  # (B, h, 1, used)
+    s = q @ K[:, :, :used].to(q).mT  # (B, h, 1, used)
+    if self.decays[i]:
+        s = s * self._aged(i, p, q)
     scores = [s, (q * k).sum(-1, keepdim=True)]
     far = g.reach is not None and p > g.reach
     if far:

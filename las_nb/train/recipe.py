@@ -28,6 +28,7 @@ from ..mixers import MIXERS, check_mixer, mixer_options
 from ..model import LaSTransformer
 from ..settings import Recipe, flat, nested, one_value, read_options
 from ..settings import short_names, stored
+from ..smoothing import Window, window_weights
 from ..tasks import Batch, Sequences, TASKS, load_task
 
 
@@ -83,6 +84,19 @@ _LAS_OPTIONS = set(inspect.signature(MIXERS["las"]).parameters) - {
 }
 
 
+def _windows(recipe: Recipe) -> Window:
+    "The window of all heads, or one row per head where only some are to pool."
+    H, own = recipe.model.n_heads, recipe.mixer
+    if own.window_heads == "all":
+        return own.window
+    if H < 2:
+        raise ValueError(f"window_heads {own.window_heads!r} is for two heads or more")
+    w = tuple(window_weights(own.window).tolist())
+    alone = (1.0, *[0.0] * (len(w) - 1))
+    slow, fast = (w, alone) if own.window_heads == "slow" else (alone, w)
+    return *[slow] * (H // 2), *[fast] * (H - H // 2)
+
+
 def _mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
     "What the recipe says to its mixer alone; raises `ValueError` for a wrong option."
     own = recipe.mixer
@@ -96,6 +110,10 @@ def _mixer_arguments(recipe: Recipe) -> dict[str, Any]:  # name -> value
         for name in _LAS_OPTIONS
         if name in takes and (value := getattr(own, name)) is not None
     }
+    if own.window_heads != "all" and "window" not in given:
+        raise ValueError(f"mixer {mixer!r} pools nothing: leave window_heads out")
+    if "window" in given:
+        given["window"] = _windows(recipe)
     rotary = recipe.model.positions == "rotary"
     mixer_options(mixer, given, recipe.model.n_heads, own.causal, 1, rotary)
     return given
@@ -215,8 +233,8 @@ def read_command(
 
 # %% ../../nbs/recipe.ipynb #cfd04a9a
 _LATER = dict(
-    model=("conv", "input_conv", "tied"),
-    mixer=("stretch",),
+    model=("conv", "input_conv", "tied", "hybrid"),
+    mixer=("stretch", "window_heads"),
     optimizer=(
         "accumulate",
         "label_smoothing",
