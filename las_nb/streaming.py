@@ -12,7 +12,7 @@ __all__ = [
     "write_on",
     "decoding_record",
     "decoding_table",
-    "plot_written",
+    "plot_decoding",
 ]
 
 # %% ../nbs/streaming.ipynb #589922de
@@ -164,27 +164,24 @@ def write_on(
     tokens: int,  # written
     every: int = 1000,  # how often to look
     tol: float = 1e-3,
-) -> dict[str, list[float]]:  # of every look: tokens, bytes of heads, tokens per second
-    "Memory and speed of the untrained model of the language chapter while it writes."
+) -> dict[str, list[int]]:  # of every look: tokens, bytes of either kind of heads
+    "Memory of the untrained model of the language chapter while it writes."
     torch.manual_seed(0)
     model = LaSTransformer(256, **_WRITER).eval()
     state, x = model.state(1, tol), torch.zeros(1, 1, dtype=torch.long)
-    found = dict(tokens=[], fast=[], slow=[], tokens_per_s=[])
-    start = time.perf_counter()
+    found = dict(tokens=[], fast=[], slow=[])
     for n in range(1, 1 + tokens):
         with torch.no_grad():
             x = model.answers(model.step(x, state)[:, -1]).argmax(-1, keepdim=True)
         if n % every == 0:
-            took, start = time.perf_counter() - start, time.perf_counter()
-            sizes = _size(state, False), _size(state, True)
-            row = (n, *sizes, every / took)
+            row = n, _size(state, slow=False), _size(state, slow=True)
             for name, value in zip(found, row):
                 found[name].append(value)
     return found
 
 
 def decoding_record(
-    lengths: tuple[int, ...] = (1000, 16_000, 100_000),
+    lengths: tuple[int, ...] = (1000, 4000, 16_000, 100_000),
     written: int = 100_000,  # tokens
 ) -> dict[str, Any]:
     "All that `las bench --decoding` measures."
@@ -213,23 +210,28 @@ def decoding_table(
     return "\n".join(lines)
 
 
-def plot_written(
+def plot_decoding(
     record: dict[str, Any],  # as of decoding_record
 ) -> Any:  # a figure of matplotlib
-    """Memory while a model writes: of heads that decay, of those that do not, and of a
-    plain cache."""
+    """Memory while a model writes, of heads that decay and of those that do not, beside
+    a plain cache; and its tokens per second by how many it knows."""
     import matplotlib.pyplot as plt
 
     w = record["written"]
     n = torch.tensor(w["tokens"])
     heads = _WRITER["depth"] * 2 * _WRITER["dim"] * 4  # bytes of a token
-    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    fig, (ax, other) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     ax.plot(n, n * heads / 2**20, color="#999", label="plain key-value cache")
-    ax.step(
+    ax.plot(
         n, torch.tensor(w["slow"]) / 2**20, color="#b58900", label="heads of rate 0"
     )
     ax.plot(n, torch.tensor(w["fast"]) / 2**20, color="#357", label="heads that decay")
-    ax.set(xlabel="tokens written", ylabel="memory (MiB)", xlim=(0, None))
-    ax.set_ylim(0, None)
+    ax.set(xlabel="tokens written", ylabel="memory (MiB)", xlim=0, ylim=0)
+    for way, color in zip(("plain", "tol 0.001"), ("#999", "#357")):
+        rows = [r for r in record["model"] if r["way"] == way]
+        speed = [[r[x] for r in rows] for x in ("tokens", "tokens_per_s")]
+        other.plot(*speed, ".-", color=color, label="LaS" if "tol" in way else way)
+    other.set(xscale="log", ylim=0, xlabel="tokens known", ylabel="tokens per second")
     ax.legend(frameon=False)
+    other.legend(frameon=False)
     return fig
