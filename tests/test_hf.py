@@ -3,6 +3,7 @@ and wishes, dtypes of mixed precision. LaS does it or says no."""
 
 import pytest, torch, torch.nn.functional as F
 from las_nb import las_attention
+from las_nb.cache import las_cache
 from las_nb.adapt import masked_las_attention, register_las
 from las_nb.las import POOLS, las_dense
 from las_nb.locality import decay_rates
@@ -582,3 +583,56 @@ def test_what_is_computed_anew_is_what_was_computed():
     for again in found[1:]:
         for x, y in zip(again, found[0], strict=True):
             torch.testing.assert_close(x, y)
+
+
+def forgetful(model, **limits):
+    return las_cache(model, **dict(score_bound=4.0, tol=1e-4) | limits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", [None, "none", "left", "right"])
+def test_a_cache_that_forgets_changes_little(name, side):
+    model, mask = build(), padding(side)
+    model.set_attn_implementation(name)
+    real = torch.ones(2, L) if mask is None else mask
+    with torch.no_grad():
+        want = model(noise(), attention_mask=mask, use_cache=False).logits
+    pieces = [(L,), (5, 4, 5), (9, 1, 1, 1, 1, 1)]
+    for piece in pieces[: 1 if side == "right" else 3]:
+        got = in_pieces(model, forgetful(model), mask, piece)
+        torch.testing.assert_close(got[real == 1], want[real == 1], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("how", [{}, dict(num_beams=3), dict(do_sample=True)], ids=str)
+def test_generation_with_a_cache_that_forgets(side, how):
+    model = build()
+    model.set_attn_implementation("hf-scores")
+    write = dict(max_new_tokens=40, attention_mask=padding(side)) | how
+    write.setdefault("do_sample", False)
+    torch.manual_seed(0)
+    want = model.generate(noise(), **write)
+    cache = forgetful(model)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(noise(), past_key_values=cache, **write), want)
+    cache.reset()
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(noise(), past_key_values=cache, **write), want)
+
+
+def test_what_a_cache_that_forgets_refuses():
+    model = build()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="use LaS"):
+        las_cache(model, score_bound=4.0)
+    model.set_attn_implementation("hf-scores")
+    with pytest.raises(ValueError, match="above score_bound"):
+        model(noise(), past_key_values=las_cache(model, score_bound=1e-6))
+    cache = forgetful(model)
+    model(noise(), past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot take tokens back"):
+        cache.crop(-1)
+    model.set_attn_implementation("sdpa")  # does not see the mark
+    with torch.no_grad(), pytest.raises(ValueError, match="did not come to LaS"):
+        model(noise()[:, :1], past_key_values=cache)
+        model(noise()[:, :1], past_key_values=cache)

@@ -80,3 +80,11 @@ def test_import_cells_hold_imports_only(path):
             for n in ast.parse(source(c)).body
         ]
         assert all(kinds) or not any(kinds), f"{path.name}: {source(c)[:60]!r}"
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_outputs_do_not_tell_of_the_machine(path):
+    for cell in cells(path):
+        for o in cell.get("outputs", []):
+            assert o.get("name") != "stderr"
+            assert "site-packages" not in json.dumps(o.get("text", ""))

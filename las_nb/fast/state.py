@@ -572,6 +572,7 @@ def _table(
     return found
 
 
+# %% ../../nbs/state.ipynb #4e9ed65a
 @patch
 def _fades(
     self: LaSState,
@@ -645,6 +646,7 @@ def _attend_one(
     return o + w[..., -1:] * mean if far else o
 
 
+# %% ../../nbs/state.ipynb #ff2573e4
 @patch
 def _keep_one(
     self: LaSState,
@@ -727,6 +729,7 @@ def _forward(
     return las_attention(*args, rates, *how, *limits)
 
 
+# %% ../../nbs/state.ipynb #c11e12f3
 @patch
 def _next(
     self: LaSState,

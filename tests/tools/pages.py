@@ -138,11 +138,14 @@ def readme():
 
 
 def joined(text):
-    "A notebook in which what a cell printed in pieces is one output."
+    """A notebook in which what a cell printed in pieces is one output, and warnings, which
+    tell of the machine, are none."""
     nb = json.loads(text)
     for cell in nb["cells"]:
         outputs = []
         for o in cell.get("outputs", []):
+            if o.get("name") == "stderr":
+                continue
             last = outputs[-1] if outputs else {}
             if (
                 o["output_type"] == last.get("output_type") == "stream"
