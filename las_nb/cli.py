@@ -6,7 +6,7 @@
 __all__ = ["main"]
 
 # %% ../nbs/cli.ipynb #b4b9bd50
-import contextlib, os, sys
+import contextlib, importlib.util, os, sys
 from pathlib import Path
 from typing import Any, Callable
 from . import settings
@@ -155,6 +155,18 @@ def _experiments(asked: settings.Experiments, given: list[str]) -> None:
     work_off(todo, asked.action, asked, keep_curves=True)
 
 
+def _convert(asked: settings.Convert, given: list[str]) -> None:
+    if not importlib.util.find_spec("transformers"):
+        refuse("las convert needs a package: pip install 'transformers>=5.15'")
+
+    def call():
+        from las_nb.convert import convert_main
+
+        convert_main(asked)
+
+    guarded(call, "nothing was kept")
+
+
 def _compare(asked: settings.Compare, given: list[str]) -> None:
     from las_nb.compare import compare_main
 
@@ -191,6 +203,7 @@ _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "train": (settings.Train, _train),
     "eval": (settings.Eval, _eval),
     "write": (settings.Write, _write),
+    "convert": (settings.Convert, _convert),
     "data": (settings.GetData, _data),
     "compare": (settings.Compare, _compare),
     "race": (settings.Race, _race),

@@ -22,6 +22,7 @@ __all__ = [
     "Train",
     "Eval",
     "Write",
+    "Convert",
     "GetData",
     "Work",
     "Experiments",
@@ -400,6 +401,24 @@ class Write:
     max_tokens: int = 500  # written at most
     seed: int = 0  # of what is drawn
     cpu: bool = False  # leave the GPU alone
+
+
+@dataclass
+class Convert:
+    "Put LaS into a decoder of Hugging Face, train it on, and say what that cost."
+
+    model: str  # a folder of save_pretrained, or a name on the Hub
+    data: str | None = None  # a text file, or a folder of them; by default WikiText-2
+    max_rate: float = 0.1  # decay rate of the fastest head, per token
+    window: int = 3  # tokens that are pooled; 1 = no smoothing
+    pool: Literal["scores", "weights"] = "scores"
+    steps: int = 60  # to train on
+    batch_size: int = 16  # pieces per step
+    context: int = 128  # tokens of a piece
+    lr: float = 3e-4  # highest learning rate
+    seed: int = 0  # of the order of pieces
+    root: str | None = None  # data files; by default LAS_NB_DATA, or the user's cache
+    out: str = "runs/converted"  # folder for the model, and for what was measured
 
 
 @dataclass
