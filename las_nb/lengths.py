@@ -17,6 +17,7 @@ from .results.record import read_record, recipe_of
 from .settings import Lengths, Recipe
 from .tasks import TASKS, load_task
 from .train import identity, load_run
+from .train.optim import told
 
 
 # %% ../nbs/10_questions.ipynb #f7d9b761
@@ -38,17 +39,19 @@ def score_at(
     task: str,  # one whose length may be chosen
     length: int,  # steps per sequence
     sequences: int = 100,  # at most as many as the task has for a test
-) -> tuple[int, int]:  # right answers, sequences
+    **text: Any,  # path and tokens, see load_task
+) -> dict[str, float]:  # right: answers; n: of how many; nats: mean loss
     """Test a model on sequences of another length; raises `ValueError` where task or
     model cannot have it."""
     device = next(model.parameters()).device
-    data = load_task(task, None, device, sequences, length=length)["test"]
+    data = load_task(task, None, device, sequences, length=length, **text)["test"]
     size = max(1, 2**14 // length)  # sequences at once
-    n, right = len(data.labels), 0
-    for i in range(0, n, size):
+    sums = torch.zeros(3, dtype=torch.float64)
+    for i in range(0, len(data.labels), size):
         b = data.rows(slice(i, i + size))
-        right += (model(b.inputs, b.lengths).argmax(-1) == b.labels).sum().item()
-    return right, n
+        sums += torch.stack(told(model(b.inputs, b.lengths), b.labels)).to(sums)
+    right, nats, n = sums.tolist()
+    return dict(right=int(right), n=int(n), nats=nats / n)
 
 
 # %% ../nbs/10_questions.ipynb #a635db33
@@ -168,8 +171,9 @@ def _measure_run(
         start = time.perf_counter()
         reader = stretched(model, L / trained_at) if asked.stretch else model
         size = max(10, min(500, asked.tokens // L))
-        right, n = score_at(reader, recipe.task, L, size)
-        seconds = time.perf_counter() - start
-        new = dict(right=right, n=n, seconds=seconds, **how)
+        text = dict(path=recipe.data.path, tokens=recipe.data.tokens)
+        new = score_at(reader, recipe.task, L, size, **text)
+        new |= dict(seconds=time.perf_counter() - start, **how)
         _measured_lengths(path, name, fresh, {str(L): new})
-        print(f"{name} at {L:,} steps: {100 * right / n:.1f} % of {n}", flush=True)
+        right = f"{100 * new['right'] / new['n']:.1f} % of {new['n']:,}"
+        print(f"{name} at {L:,} steps: {right}, {new['nats']:.3f} nats", flush=True)

@@ -341,7 +341,8 @@ def test_lengths_are_measured_once(run, tmp_path, capsys):
     ]
     assert again["64"] == found["64"] and again["256"]["n"] == 35
     model, _ = lib.load_run(run / "needle-las-0")
-    assert score_at(model, "needle", 64, 31) == (found["64"]["right"], 31)
+    again = score_at(model, "needle", 64, 31)
+    assert (again["right"], again["n"]) == (found["64"]["right"], 31)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ def test_lengths_may_be_read_with_stretched_rates(tmp_path):
     assert slow["128"]["command"].endswith("--stretch")
     model, _ = load_run(run)
     wanted = score_at(stretched(model, 2.0), "needle", 128, 15)
-    assert wanted == (slow["128"]["right"], slow["128"]["n"])
+    assert wanted.items() <= slow["128"].items()
 
 
 def test_weights_kept_beside_their_record_are_read(tmp_path):

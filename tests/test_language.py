@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from las_nb.lengths import score_at
 from las_nb.mixers import MIXERS
 from las_nb.model import LaSTransformer
 from las_nb.tasks import DataError, load_task
@@ -199,3 +200,19 @@ def test_half_of_the_heads_smooth():
             preset("digits", window_heads="slow", **wrong)
     with pytest.raises(ValueError, match="there is no mixer 'foo'"):
         LaSTransformer(10, 16, 2, 2, vocab=16, hybrid="foo")
+
+
+def test_a_text_is_read_with_more_context_than_in_training(book, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(dim=16, depth=1, n_heads=2, vocab=256, readout="every")
+    model = LaSTransformer(256, **sizes).eval()
+    found = {
+        L: score_at(model, "language", L, 10_000, path=str(book)) for L in (16, 64)
+    }
+    data = load_task("language", length=64, path=str(book))["test"]
+    for f in found.values():  # whatever the context, every token is asked for once
+        assert f["n"] == len(data.values) - 1
+    b = data.rows(slice(0, 1))
+    want = torch.nn.functional.cross_entropy(model(b.inputs)[0], b.labels[0])
+    one = score_at(model, "language", 64, 1, path=str(book))
+    assert one["n"] == 64 and one["nats"] == pytest.approx(want.item(), rel=1e-5)
