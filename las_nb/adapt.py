@@ -419,6 +419,7 @@ def _by_part(config: Any) -> str | dict[str, Any] | None:
     return ({"": own} if own else {}) | found or None
 
 
+# %% ../nbs/21_adapt.ipynb #8fc32fb7
 def _check_version() -> None:
     import transformers
 

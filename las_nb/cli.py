@@ -75,7 +75,8 @@ def _write(asked: settings.Write, given: list[str]) -> None:
         prompt = read_prompt(asked.prompt, coder)
         way = asked.max_tokens, asked.temperature, asked.top_p
         seed = None if asked.greedy else asked.seed
-        return generate(model.to(device), prompt, *way, seed, end=0), Letters(coder)
+        found = generate(model.to(device), prompt, *way, seed, end=0, tol=asked.tol)
+        return found, Letters(coder)
 
     def write():
         tokens, letters = begin()

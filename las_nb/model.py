@@ -24,7 +24,7 @@ import inspect, json, re
 import torch
 from pathlib import Path
 from fastcore.basics import patch
-from typing import Any
+from typing import Any, Iterator
 from torch import nn
 from typing_extensions import Self
 from ._util import at_home, check_choice, replace_file
@@ -35,6 +35,7 @@ from .mixers.las import LaSAttention, frozen
 from .padding import clear_padding, holds, key_mask, whole_lengths
 from .positions import sinusoids
 from .short_convolution import ShortConvolution
+from . import writing
 
 
 # %% ../nbs/06_model.ipynb #9e2a4349
@@ -594,6 +595,18 @@ def step(
             x = block.step(x, state.parts[str(i)], lengths)
         state.advance(x.shape[1], lengths)
         return x if self.norm is None else normalise(self.norm, x)
+
+
+# %% ../nbs/06_model.ipynb #ef619989
+@patch
+def generate(
+    self: Encoder,
+    prompt: list[int],  # tokens to begin with, at least one
+    max_tokens: int = 200,  # written at most
+    **how: Any,  # temperature, top_p, seed, end and tol of writing.generate
+) -> Iterator[int]:
+    "Write on, token by token; raises `ValueError` as `writing.generate` does."
+    return writing.generate(self, prompt, max_tokens, **how)
 
 
 def _cleared(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

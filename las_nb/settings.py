@@ -399,10 +399,13 @@ class Write:
     top_p: float = 1.0  # draw from the likeliest tokens that have so much together
     greedy: bool = False  # the likeliest token every time
     max_tokens: int = 500  # written at most
+    # error allowed for far keys, which heads that decay then forget; none: exact
+    tol: float | None = None
     seed: int = 0  # of what is drawn
     cpu: bool = False  # leave the GPU alone
 
 
+# %% ../nbs/settings.ipynb #68c32daf
 @dataclass
 class Convert:
     "Put LaS into a decoder of Hugging Face, train it on, and say what that cost."

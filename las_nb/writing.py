@@ -60,11 +60,12 @@ def _tokens(
     top_p: float,
     seed: int | None,
     end: int | None,
+    state: Any,
 ) -> Iterator[int]:
     "The loop of generate."
     device = next(model.parameters()).device
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    state, new = model.state(1), torch.tensor([prompt], device=device)  # (1, n)
+    new = torch.tensor([prompt], device=device)  # (1, n)
     for _ in range(max_tokens):
         logits = model.answers(model.step(new, state)[:, -1])  # (1, n_classes)
         new = draw(logits, temperature, top_p, generator)[:, None]  # (1, 1)
@@ -82,6 +83,8 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = 0,  # None: greedy, the likeliest token every time
     end: int | None = None,  # the token that ends a text; it is written as well
+    # error allowed for far keys of LaS, which heads that decay then forget; None: exact
+    tol: float | None = None,
 ) -> Iterator[int]:
     """Write on, token by token; the same seed writes the same.
 
@@ -96,7 +99,9 @@ def generate(
         raise ValueError("the prompt is empty: give one token at least")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
-    return _tokens(model, prompt, max_tokens, temperature, top_p, seed, end)
+    model.check(torch.tensor([prompt]))
+    state = model.state(1, tol)
+    return _tokens(model, prompt, max_tokens, temperature, top_p, seed, end, state)
 
 
 # %% ../nbs/writing.ipynb #f71ef9ae
