@@ -137,7 +137,7 @@ def convert_main(asked: Convert) -> None:
     record = found | vars(asked) | dict(unit="bits per byte")
     replace_file(out / "convert.json", json.dumps(record, indent=1).encode())
     print(
-        f"{found['before']:.3f} bits per byte before, {found['exchanged']:.3f} with LaS, "
-        f"{found['after']:.3f} after {asked.steps} steps ({found['unchanged']:.3f} with "
+        f"{found['before']:.3f} bits per byte before, {found['exchanged']:.3f} with "
+        f"LaS, {found['after']:.3f} after {asked.steps} steps ({found['unchanged']:.3f} with "
         f"the attention it had); kept in {out}"
     )
