@@ -226,6 +226,18 @@ def check_lengths(
 
 
 @patch
+def check_whole(self: State) -> None:
+    "Raise `ValueError` where a step was refused after some parts had moved on."
+    for part in self.parts.values():
+        if not torch.equal(part.positions, self.positions):
+            raise ValueError(
+                "the last step was refused half-way: reset the state, or load an "
+                "earlier one"
+            )
+        part.check_whole()
+
+
+@patch
 def advance(self: State, n: int, lengths: torch.Tensor | None = None) -> None:
     "So many tokens more are known, or `lengths` of them."
     self.positions.add_(n if lengths is None else lengths)
