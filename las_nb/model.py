@@ -561,9 +561,9 @@ def state(
     Raises `ValueError` unless the model is causal."""
     if not self.config["causal"]:
         raise ValueError("only causal models decode: this one has causal=False")
-    weight, state = self.embed.weight, State(batch)
+    state = State(batch)
     if isinstance(self.conv, ShortConvolution):
-        kind = dict(dtype=weight.dtype, device=weight.device)
+        kind = dict(dtype=self.conv.weight.dtype, device=self.conv.weight.device)
         state.parts["conv"] = ConvState(batch, *self.conv.weight.shape, **kind)
     for i, block in enumerate(self.blocks):
         state.parts[str(i)] = block.state(batch, tol)
@@ -584,8 +584,9 @@ def step(
     if self.training:
         raise ValueError("decoding needs a model in eval mode: model.eval()")
     self.check(inputs, int(state.positions.max()))
+    state.check_whole()
     lengths = state.check_lengths(lengths, inputs.shape[1])
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         x = self.vectors(_cleared(inputs, lengths))
         if "conv" in state.parts:
             x = state.parts["conv"].step(self.conv, x, lengths)

@@ -31,7 +31,9 @@ def likely(
     """What tokens are drawn with; source of top-p: Holtzman et al. (2020), arXiv
     1904.09751."""
     _check_way(temperature, top_p)
-    p, order = (logits.double() / temperature).softmax(-1).sort(-1, descending=True)
+    s = logits.double()
+    s = (s - s.amax(-1, keepdim=True)) / temperature  # a tiny one leaves zeros
+    p, order = s.softmax(-1).sort(-1, descending=True)
     before = p.cumsum(-1) - p  # of likelier tokens; the likeliest always stays
     p = p.masked_fill(before >= top_p, 0)
     return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
@@ -43,7 +45,9 @@ def draw(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,  # on the CPU; None: the likeliest token
 ) -> torch.Tensor:  # tokens `(B,)`, on the device of the logits
-    "A token for every row."
+    "A token for every row; raises `ValueError` where none is likeliest."
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise ValueError("the model gives no finite logits: its weights are damaged")
     if generator is None:
         return logits.argmax(-1)
     p = likely(logits.cpu(), temperature, top_p)

@@ -697,6 +697,15 @@ def test_plans(data, rates, L, method, dtype, tol, device, batch, bounded):
                 )
 
 
+@pytest.mark.parametrize("H, L", [(32, 512), (16, 1024), (64, 600)])
+def test_heads_share_the_price_of_a_call(H, L):
+    "Slow heads of unequal rates go together, though for each alone the matrix is cheaper."
+    rates = tuple(0.002 * (1 + h / 100) for h in range(H))
+    both = dict(causal=False, window=3)
+    assert plan(rates[:1], 300, batch=2, **both)[0].method == "dense"
+    assert [(g.method, len(g.heads)) for g in plan(rates, L, **both)] == [("sdpa", H)]
+
+
 def test_a_band_serves_only_heads_it_keeps_the_promise_for():
     for order in (0, 1):
         answers = []

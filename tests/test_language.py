@@ -9,10 +9,18 @@ from las_nb.lengths import score_at
 from las_nb.mixers import MIXERS
 from las_nb.model import LaSTransformer
 from las_nb.tasks import DataError, load_task
-from las_nb.tasks.passages import cut, in_text, learn_tokens, own_text, stream
-from las_nb.tasks.passages import wikitext, words
+from las_nb.tasks.passages import (
+    cut,
+    in_text,
+    learn_tokens,
+    own_text,
+    stream,
+    wikitext,
+    words,
+)
 from las_nb.train import load_run, preset, score, train
 from las_nb.train.recipe import build, identity
+from las_nb.writing import draw, likely
 
 TEXT = "the cat sat on the mat, and the dog ate the hat of the cat\n"
 
@@ -216,3 +224,14 @@ def test_a_text_is_read_with_more_context_than_in_training(book, tmp_path):
     want = torch.nn.functional.cross_entropy(model(b.inputs)[0], b.labels[0])
     one = score_at(model, "language", 64, 1, path=str(book))
     assert one["n"] == 64 and one["nats"] == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_no_token_is_drawn_where_none_is_likeliest():
+    "NaN would win every time."
+    for bad in (float("nan"), float("inf")):
+        logits = torch.tensor([[1.0, bad, 3.0]])
+        for random in (None, torch.Generator()):
+            with pytest.raises(ValueError, match="no finite logits"):
+                draw(logits, generator=random)
+    tiny = likely(torch.tensor([[1.0, 2.0, float("-inf")]]), temperature=1e-310)
+    assert tiny.tolist() == [[0.0, 1.0, 0.0]]

@@ -6,7 +6,7 @@ from las_nb.fast import las_attention, las_state
 from las_nb.fast.bands import far_error
 from las_nb.fast.state import keep_plan, near_keys
 from las_nb.las import las_dense
-from las_nb.mixers import MIXERS, LaSAttention
+from las_nb.mixers import MIXERS, LaSAttention, untrained
 from las_nb.model import LaSTransformer
 
 MIXED = (0.0, 0.01, 0.1, 0.8)
@@ -316,6 +316,108 @@ def test_a_long_key_is_remembered_where_it_is_no_longer_kept():
         state.step(*cut([2 * q, k, v], 100, 101))
 
 
+# --- what is not finite, and what is not of this state
+
+
+@pytest.mark.parametrize("pool", ["scores", "weights"])
+@pytest.mark.parametrize("chunk", [None, 40])
+@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_reach_what_sees_them_and_no_more(
+    pool, chunk, tol, bad
+):
+    L, at = 130, 50
+    for which in range(2, 3) if tol and bad == float("inf") else range(3):
+        a = inputs(L=L)
+        a[which][0, 1, at, 3] = bad
+        finite = torch.ones(2, 4, L, dtype=torch.bool)
+        last = (
+            at + 1
+            if which == 0
+            else L
+            if chunk is None
+            else at // chunk * chunk + chunk
+        )
+        finite[0, 1, at:last] = False
+        want = las_attention(*inputs(L=L), MIXED, 3, pool, method="dense", chunk=chunk)
+        for pieces in ([L], [10, 90], [49, 1, 1], []):
+            state = make(2, pool=pool, chunk=chunk, tol=tol)
+            o = read(state, a, pieces)
+            assert torch.equal(o.isfinite().all(-1), finite)
+            assert torch.equal(o.isfinite().any(-1), finite)
+            if which == 0:
+                error = (o - want)[finite].abs().max()
+                assert error < (1e-2 if tol else 1e-12)
+        state.reset([0])
+        assert state.step(*cut(inputs(), 0, 9)).isfinite().all()
+
+
+def test_a_bound_holds_after_a_row_that_is_no_number():
+    q, k, v = inputs(2, 20)
+    state = make(2, tol=1e-3)
+    k[:, :, 3] = float("nan")
+    assert state.step(q, k, v)[:, :, 3:].isnan().all()
+    with pytest.raises(ValueError, match="scores of head 0 may reach"):
+        state.step(*(100 * t[:, :, :1] for t in (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(window=5),
+        dict(window=(0.2, 0.3, 0.5)),
+        dict(rates=(0.0, 0.5, 0.5, 0.5)),
+        dict(pool="weights"),
+        dict(chunk=64),
+    ],
+    ids=str,
+)
+def test_tensors_of_another_state_are_refused(other):
+    state = make(2)
+    state.step(*inputs(L=20))
+    with pytest.raises(ValueError, match="made with other options"):
+        make(2, **other).load_state_dict(state.state_dict())
+    again = make(3)
+    again.load_state_dict(state.state_dict())
+    assert again.positions.tolist() == [20, 20]
+
+
+def test_streams_may_be_named_by_small_whole_numbers():
+    state = make(2)
+    state.step(*inputs(L=20), lengths=[20, 7])
+    for dtype in (torch.uint8, torch.int8, torch.int32, torch.long):
+        other = make(2)
+        other.load_state_dict(state.state_dict())
+        other.reorder(torch.tensor([1, 0, 1], dtype=dtype))
+        assert other.positions.tolist() == [7, 20, 7]
+        other.reset(torch.tensor([1, 1], dtype=dtype))
+        other.reset([])
+        other.reset([False, False, True])
+        assert other.positions.tolist() == [7, 0, 0]
+    for wrong in (1, [[0, 1]], [0.0], [True]):
+        with pytest.raises(ValueError, match="streams must be whole numbers"):
+            state.reorder(wrong)
+
+
+def test_what_a_state_was_made_with_may_change_later():
+    rates, window = torch.tensor(MIXED).double(), torch.tensor([0.5, 0.3, 0.2]).double()
+    a = inputs(L=40)
+    want = las_dense(*a, rates.clone(), window.clone())
+    state = las_state(2, rates, 8, window, dtype=torch.float64)
+    rates.mul_(3), window.mul_(2)
+    torch.testing.assert_close(read(state, a, [5]), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_rates_that_float32_does_not_hold(tol):
+    rates, a = (0.0, 1e-300, 1e300, 178.0), inputs(L=90)
+    want = las_dense(*a, torch.tensor(rates, dtype=torch.float64), 3)
+    for pieces in ([90], [40, 1, 49], []):
+        state = make(2, rates, tol=tol, dtype=torch.float32)
+        o = read(state, [t.float() for t in a], pieces)
+        assert off(o.double(), want, a[2]) < (tol or 1e-5)
+
+
 # --- layers and models
 
 
@@ -408,3 +510,63 @@ def test_models_that_do_not_decode():
         m.step(tokens(1, 1), state)
     with pytest.raises(ValueError, match="eval mode"):
         m.train().step(tokens(1, 1), state)
+
+
+def test_a_layer_that_mixes_in_its_own_way_has_no_state_of_another():
+    "Those of plain attention, or of LaS, would say something else without a word."
+    for mixer in ("alibi", "local", "mta", "canon"):
+        with pytest.raises(ValueError, match="mixes in its own way"):
+            untrained(mixer).state(1)
+
+
+def test_a_step_that_is_refused_half_way_is_told():
+    m, x = model(), tokens(1)
+    with torch.no_grad():
+        m.blocks[1].mixer.qkv.weight.mul_(8)
+    for block in m.blocks:
+        block.mixer.score_bound = 9.0
+    state = m.state(1)
+    with pytest.raises(ValueError, match="above score_bound=9"):
+        m.step(x, state)
+    with pytest.raises(ValueError, match="refused half-way"):
+        m.step(x[:, :1], state)
+    state.reset()
+    with torch.no_grad():
+        m.blocks[1].mixer.qkv.weight.div_(8)
+    m.step(x, state)
+
+
+@pytest.mark.parametrize("mixer", ["las", "s4d"])
+def test_inference_mode_may_begin_and_end_between_steps(mixer):
+    m, x = model(mixer, conv=3, input_conv=3), tokens()
+    want, state, found = m.features(x), m.state(2), []
+    for at in range(0, 60, 20):
+        with torch.inference_mode(at != 20):
+            found.append(m.step(x[:, at : at + 20], state))
+            state.reorder([0, 1])
+            state.load_state_dict(state.state_dict())
+            state.to(dtype=torch.float64)
+    torch.testing.assert_close(torch.cat(found, 1), want, rtol=0, atol=1e-6)
+    state.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_models_decode_and_derive_no_bound():
+    torch.manual_seed(0)
+    for mixer in ("las", "attention", "alibi"):
+        kw = dict(vocab=11, mixer=mixer, conv=3, input_conv=3)
+        m = LaSTransformer(3, 16, 2, 4, **kw).eval()
+        m = torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear})
+        want = m.features(tokens())
+        torch.testing.assert_close(
+            decode(m, tokens(), m.state(2)), want, atol=0.1, rtol=0
+        )
+    m = LaSTransformer(3, 16, 2, 4, vocab=11).eval()
+    m = torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear})
+    for ask in (
+        lambda: m.state(1, tol=1e-3),
+        lambda: m.blocks[0].mixer.derive_bound(m.blocks[0].norm1),
+    ):
+        with pytest.raises(ValueError, match="give a score_bound") as e:
+            ask()
+        assert "\n" not in str(e.value)

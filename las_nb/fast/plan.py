@@ -24,7 +24,7 @@ __all__ = [
 import functools, math, warnings
 import torch
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 from .._util import cache_folder, read_json
 from .bands import Band, band_error, far_delta, level, safe_limit
 from ..padding import transformed
@@ -265,13 +265,18 @@ def _join_groups(
 
 
 # %% ../../nbs/plan.ipynb #a21774b6
-def _cheapest(groups: list[Group], price: Callable[[Group], float]) -> Group:
-    "As `min(groups, key=price)`, which torch.compile cannot trace for many lengths."
-    best = groups[0]
-    for group in groups[1:]:
-        if price(group) < price(best):
-            best = group
+def _cheapest(found: list[Any], price: Callable[[Any], float]) -> Any:
+    "As `min(found, key=price)`, which torch.compile cannot trace for many lengths."
+    best = found[0]
+    for other in found[1:]:
+        if price(other) < price(best):
+            best = other
     return best
+
+
+def _without_calls(costs: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    "Costs of heads that share a call with others."
+    return {way: (key, position, 0) for way, (key, position, _) in costs.items()}
 
 
 def _rising(rates: tuple[float, ...]) -> list[int]:
@@ -353,19 +358,25 @@ def plan(
     bounds = bounds or (1.0,) * H
     size = dict(L=L, batch=batch, width=width, window=window)
     price = functools.partial(cost, costs=costs, **size)
-    unit, best = 16 if device == "cpu" else 64, []
+    shared = functools.partial(cost, costs=_without_calls(costs), **size)
+    unit, found = 16 if device == "cpu" else 64, []
     for h in _rising(rates):
-        found = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
-        if method == "auto" or not found:
-            found.append(Group("dense", (h,)))
-        best.append(_cheapest(found, price))
-    best = _join_groups(
-        best, lambda band, h: serves(band, rates[h], bounds[h], tol, dtype), price
-    )
-    whole = Group("dense", tuple(range(H)))
-    if method == "auto" and price(whole) < sum(map(price, best)):
-        return [whole]
-    return best
+        some = ways(h, rates[h], L, bounds[h], method, tol, dtype, unit)
+        if method == "auto" or not some:
+            some.append(Group("dense", (h,)))
+        found.append(some)
+    # every head as if it were alone, or as if all shared a call
+    plans = [
+        _join_groups(
+            [_cheapest(some, way) for some in found],
+            lambda band, h: serves(band, rates[h], bounds[h], tol, dtype),
+            price,
+        )
+        for way in (price, shared)
+    ]
+    if method == "auto":
+        plans.append([Group("dense", tuple(range(H)))])
+    return _cheapest(plans, lambda groups: sum(map(price, groups)))
 
 
 # %% ../../nbs/plan.ipynb #dadf7527

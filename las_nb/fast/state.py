@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/state.ipynb #caf718f4
-import math
+import math, zlib
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from typing import Any, Callable, NamedTuple, Sequence
@@ -112,6 +112,7 @@ class State:
     parts: dict[str, "State"]
     dtype: torch.dtype
     device: torch.device
+    made: int = 0  # a checksum of what it was made with
 
     def __init__(
         self,
@@ -139,6 +140,17 @@ class State:
 
 
 # %% ../../nbs/state.ipynb #748e0622
+def _streams(
+    rows: torch.Tensor | Sequence[int],  # numbers, or a mask of all `B`
+    B: int,
+) -> torch.Tensor:  # int64 `(n,)`
+    "Which streams are meant; of small whole numbers torch would make a mask."
+    rows = torch.as_tensor(rows)
+    if rows.dtype == torch.bool and rows.shape == (B,):
+        return rows.nonzero()[:, 0]
+    return whole_lengths(rows if rows.numel() else rows.long(), "streams", "(n,)")
+
+
 @patch
 def reset(
     self: State,
@@ -146,8 +158,11 @@ def reset(
     rows: torch.Tensor | Sequence[int] | None = None,
 ) -> None:
     "Forget streams, and all that their values may have spoiled."
-    for t in self.tensors.values():
-        t[slice(None) if rows is None else torch.as_tensor(rows).to(t.device)] = 0
+    B = len(self.positions)
+    rows = _streams(range(B) if rows is None else rows, B)
+    with torch.inference_mode(False):
+        for t in self.tensors.values():
+            t[rows.to(t.device)] = 0
     for part in self.parts.values():
         part.reset(rows)
 
@@ -158,22 +173,21 @@ def reorder(
     index: torch.Tensor | Sequence[int],  # `(new B,)`: which stream goes there
 ) -> None:
     "Streams in another order, some of them several times: a step of a beam search."
-    index = torch.as_tensor(index)
-    self.tensors = {n: t[index.to(t.device)] for n, t in self.tensors.items()}
+    index = _streams(index, len(self.positions))
+    with torch.inference_mode(False):
+        self.tensors = {n: t[index.to(t.device)] for n, t in self.tensors.items()}
     for part in self.parts.values():
         part.reorder(index)
 
 
 # %% ../../nbs/state.ipynb #751aa30d
 @patch
-def _placed(
-    self: State, name: str, t: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _placed(self: State, name: str, t: torch.Tensor) -> torch.Tensor:
     "A tensor where, and in the dtype in which, this state keeps it."
     if name == "positions":
         return t
     rows = name.split(".")[-1] in ("k", "v", "x", "tail")
-    return t.to(self.device, dtype if rows else t.dtype)
+    return t.to(self.device, self.dtype if rows else t.dtype)
 
 
 @patch
@@ -183,11 +197,10 @@ def to(
     dtype: torch.dtype | None = None,  # of keys and values; sums stay as they are
 ) -> State:
     "Move what is kept, or round it."
-    self.device = torch.device(device or self.device)
-    self.tensors = {
-        n: self._placed(n, t, dtype or self.dtype) for n, t in self.tensors.items()
-    }
-    self.dtype = dtype or self.dtype
+    self.device, self.dtype = torch.device(device or self.device), dtype or self.dtype
+    with torch.inference_mode(False):
+        placed = {n: self._placed(n, t) for n, t in self.tensors.items()}
+    self.tensors = placed
     for part in self.parts.values():
         part.to(device, dtype)
     return self
@@ -213,6 +226,18 @@ def check_lengths(
 
 
 @patch
+def check_whole(self: State) -> None:
+    "Raise `ValueError` where a step was refused after some parts had moved on."
+    for part in self.parts.values():
+        if not torch.equal(part.positions, self.positions):
+            raise ValueError(
+                "the last step was refused half-way: reset the state, or load an "
+                "earlier one"
+            )
+        part.check_whole()
+
+
+@patch
 def advance(self: State, n: int, lengths: torch.Tensor | None = None) -> None:
     "So many tokens more are known, or `lengths` of them."
     self.positions.add_(n if lengths is None else lengths)
@@ -223,6 +248,7 @@ def advance(self: State, n: int, lengths: torch.Tensor | None = None) -> None:
 def state_dict(self: State) -> dict[str, torch.Tensor]:
     "Copies of all tensors by name; the state may go on."
     found = {name: t.clone() for name, t in self.tensors.items()}
+    found["made"] = torch.full_like(self.positions, self.made)
     for at, part in self.parts.items():
         found |= {f"{at}.{name}": t for name, t in part.state_dict().items()}
     return found
@@ -239,7 +265,7 @@ def load_state_dict(
     known = self.state_dict()
     batch = {len(t) for t in tensors.values()}
     good = tensors.keys() == known.keys() and len(batch) == 1
-    alike = good and all(_alike(tensors[n], t) for n, t in known.items())
+    alike = good and all(_alike(n, tensors[n], t) for n, t in known.items())
     if not alike or not self._holds(tensors):
         raise ValueError(
             "these tensors are of a state that was made with other options"
@@ -256,17 +282,22 @@ def _holds(self: State, tensors: dict[str, torch.Tensor]) -> bool:
 @patch
 def _take(self: State, tensors: dict[str, torch.Tensor]) -> None:
     "Copies of the tensors in place of those of this state, and of its parts."
-    for name, t in self.tensors.items():
-        new = tensors[name].detach().clone()
-        self.tensors[name] = new.to(t.device, t.dtype)
+    with torch.inference_mode(False):
+        for name, t in self.tensors.items():
+            new = tensors[name].detach().clone()
+            self.tensors[name] = new.to(t.device, t.dtype)
     for at, part in self.parts.items():
         part._take(_of_part(tensors, at))
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    "The same shape, but for the batch and for how many rows there is room?"
-    fixed = [(t.ndim, t.shape[1:2], t.shape[3:]) for t in (a, b)]
-    return fixed[0] == fixed[1]
+def _alike(name: str, new: torch.Tensor, own: torch.Tensor) -> bool:
+    "The same shape, but for the batch and for how many keys there is room?"
+    last = name.split(".")[-1]
+    if last == "made":
+        return bool((new == own[0]).all())
+    grows = last in ("k", "v", "x")
+    a, b = ([*t.shape[1:2], *t.shape[2 + grows :]] for t in (new, own))
+    return a == b and new.ndim == own.ndim
 
 
 # %% ../../nbs/state.ipynb #d0baa6a1
@@ -293,6 +324,12 @@ def pick_rows(
 
 
 # %% ../../nbs/state.ipynb #dc91e5aa
+def _checksum(rates: torch.Tensor, weights: torch.Tensor, *rest: Any) -> int:
+    "Of all that decides what is kept; numbers by six digits."
+    numbers = [[f"{x:.6g}" for x in t.flatten().tolist()] for t in (rates, weights)]
+    return zlib.crc32(repr((numbers, weights.shape, rest)).encode())
+
+
 class LaSState(State):
     """Keys and values that causal LaS attention needs of what it has read; see
     las_state, which makes it."""
@@ -328,7 +365,9 @@ class LaSState(State):
         (self.tol, self.bounds, self.chunk), self.sizes = limits, sizes
         self.weights = window_weights(window).detach().cpu().expand(len(rates), -1)
         (H, W), (D, Dv), wide = self.weights.shape, sizes, self._wide()
+        self.made = _checksum(rates, self.weights, pool, limits[2], kept)
         self._add("tail", H, W - 1, Dv if pool == "weights" else D)
+        self._add("spoiled", H, dtype=torch.long)  # see _set_aside
         if self.bounds is not None:
             self._add("size", H, dtype=wide)  # of the longest key
         for i, g in enumerate(kept):
@@ -443,7 +482,7 @@ def _attend(
     C, p = max(1, old_k.shape[2]), self._at()[:, None]
     used = min(C, most)
     t = torch.arange(n, device=q.device)
-    alpha = self.rates[list(g.heads)].clamp(max=1e4).to(q)[:, None, None]  # (h, 1, 1)
+    alpha = self.rates[list(g.heads)].to(q)[:, None, None]  # (h, 1, 1)
     faded = q * torch.exp(-alpha * (t[:, None] + 1))  # since the last known token
     age = (p - 1 - torch.arange(used, device=q.device)) % C  # (b, used)
     s = faded @ old_k[:, :, :used].to(q).mT * torch.exp(-alpha * age[:, None, None])
@@ -673,9 +712,10 @@ def _keep_one(
 
 # %% ../../nbs/state.ipynb #f9278ff0
 def _longest(x: torch.Tensor) -> torch.Tensor:  # `(B, H)`
-    "The norm of the longest row of every head."
+    "The norm of the longest row of every head; NaN shows in the output."
     wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, dtype=wide).amax(-1)
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
+    return norms.nan_to_num(0, math.inf).amax(-1)
 
 
 @patch
@@ -704,6 +744,31 @@ def _check_shapes(self: LaSState, q: torch.Tensor, v: torch.Tensor) -> None:
             f"q and v must have the batch, heads and widths {want} of the state; got "
             f"{tuple(q.shape)} and {tuple(v.shape)}"
         )
+
+
+# %% ../../nbs/state.ipynb #06e0e08b
+@patch
+def _set_aside(
+    self: LaSState,
+    q: torch.Tensor,  # queries `(B, H, n, D)`
+    k: torch.Tensor,  # keys `(B, H, n, D)`
+    v: torch.Tensor,  # values `(B, H, n, Dv)`
+) -> tuple[torch.Tensor, ...]:  # q, k, v, None or which outputs are NaN `(B, H, n, 1)`
+    """Zeros take the place of rows that are not finite; of those that later queries
+    see, the state knows the last block, counted from 1: without a `chunk` it is 1."""
+    known = self.tensors["spoiled"]  # (B, H)
+    if q.device.type == "cpu" and not known.any():
+        if all(math.isfinite(t.sum()) for t in (q, k, v)):
+            return q, k, v, None
+    bad, *others = (~t.isfinite().all(-1) for t in (q, k, v))  # (B, H, n)
+    seen = others[0] | others[1]
+    q = q.masked_fill(bad[..., None], 0)
+    k, v = (t.masked_fill(seen[..., None], 0) for t in (k, v))
+    at = self._at()[:, None] + torch.arange(q.shape[2], device=q.device)
+    block = 1 + at[:, None] // (self.chunk or 2**62)  # (b, 1, n)
+    last = torch.where(seen, block, 0).cummax(-1).values.maximum(known[..., None])
+    self.tensors["spoiled"] = last[..., -1].contiguous()
+    return q, k, v, (bad | (last == block))[..., None]
 
 
 # %% ../../nbs/state.ipynb #b936df0b
@@ -780,7 +845,7 @@ def step(
     lengths: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:  # `(B, H, n, Dv)`, the dtype of `v`; meaningless at padded positions
     """The next tokens of every stream: one, a few, or a whole prompt; without
-    gradients.
+    gradients. Rows that are not finite make NaN of what sees them, and of nothing else.
 
     Raises `ValueError` for shapes that do not fit the state, and scores above
     `score_bound`; the state is then as it was."""
@@ -796,10 +861,11 @@ def step(
             real = real.to(q.device)[:, None, :, None]
             q, k, v = (t.masked_fill(~real, 0) for t in (q, k, v))
         self._check_bound(q, k)
+        q, k, v, spoiled = self._set_aside(q, k, v)
         if self._begins(n, lengths):
             whole = self._forward(q, k, v, lengths=lengths)
             self._next(q, k, v, lengths, attends=False)
-            return whole
+            return whole if spoiled is None else whole.masked_fill(spoiled, math.nan)
         most = int(self.positions.max()) + n
         size = min(256, max(16, _NUMBERS // (q.shape[0] * q.shape[1] * most)))
         found = []
@@ -807,7 +873,8 @@ def step(
             piece = (t[:, :, at : at + size] for t in (q, k, v))
             some = lengths if lengths is None else (lengths - at).clamp(0, size)
             found.append(self._next(*piece, some))
-    return torch.cat(found, 2).to(v.dtype)
+        o = torch.cat(found, 2).to(v.dtype)
+        return o if spoiled is None else o.masked_fill(spoiled, math.nan)
 
 
 # %% ../../nbs/state.ipynb #2cc9ebff
@@ -835,7 +902,8 @@ def las_state(
     without a `score_bound`: what is forgotten cannot depend on what comes later."""
     if not isinstance(rates, torch.Tensor):
         rates = torch.tensor(rates, dtype=torch.float64)
-    rates = check_rates(rates).detach().double().cpu()
+    # exp(-1e4) is 0, and not every dtype holds every rate
+    rates = check_rates(rates).detach().double().cpu().clamp(max=1e4)
     H, Dv = len(rates), width if value_width is None else value_width
     check_choice("pool", pool, POOLS)
     check_limits(tol, score_bound, chunk, H)
@@ -844,7 +912,9 @@ def las_state(
             raise ValueError(f"{name} must be a whole number >= 1; got {size!r}")
     if tol is not None and score_bound is None:
         raise ValueError(f"tol={tol!r} needs a score_bound: no score may be larger")
-    gain = float(window_weights(window, H).detach().abs().sum(-1).max())
+    weights = window_weights(window, H).detach()
+    window = window if type(window) is int else weights.tolist()  # it may change later
+    gain = float(weights.abs().sum(-1).max())
     bounds = None if score_bound is None else head_bounds(score_bound, H)
     kept = [Kept(tuple(range(H)))]
     if tol and chunk is None:

@@ -9,7 +9,7 @@ __all__ = ["influence", "Attention", "ALiBi", "Local"]
 import torch, torch.nn.functional as F
 from torch import nn
 from ..fast import LaSState, las_state
-from .las import SelfAttention, check_causal
+from .las import SelfAttention, check_decodes
 from .register import register_mixer
 from ..padding import key_mask, whole_lengths
 
@@ -49,10 +49,9 @@ class Attention(SelfAttention):
     def state(self, batch: int) -> LaSState:
         """An empty past for `batch` streams: LaS without decay or smoothing keeps all
         keys. Raises `ValueError` unless the layer is causal."""
-        check_causal(self)
-        weight, rates = self.qkv.weight, (0.0,) * self.n_heads
-        kind = dict(dtype=weight.dtype, device=weight.device)
-        return las_state(batch, rates, len(self.out.weight) // self.n_heads, 1, **kind)
+        check_decodes(self, Attention)
+        D = self.qkv.in_features // self.n_heads
+        return las_state(batch, (0.0,) * self.n_heads, D, 1, **self.kind)
 
     def real_keys(
         self, k: torch.Tensor, lengths: torch.Tensor | None
