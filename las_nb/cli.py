@@ -59,19 +59,24 @@ def _write(asked: settings.Write, given: list[str]) -> None:
 
     def begin():
         import torch
+        from las_nb.model import LaSTransformer
         from las_nb.tasks.passages import read_tokens
         from las_nb.train import load_run
         from las_nb.writing import Letters, generate, read_prompt
 
-        model, recipe = load_run(asked.checkpoint)
-        if model.readout != "every":
+        where = at_home(asked.checkpoint)
+        alone = (where / "model.safetensors").exists()
+        if alone and not (where / "recipe.json").exists():  # of save_pretrained
+            model = LaSTransformer.from_pretrained(where)
+        else:
+            model, _ = load_run(where)
+        if model.readout != "every" or not model.vocab:
             raise ValueError(
-                f"{asked.checkpoint} is a model of {recipe.task}, which answers once "
-                "per sequence; las write wants one of las train language"
+                f"{asked.checkpoint} is no language model, it answers once per "
+                "sequence; las write wants one of las train language"
             )
         device = "cuda" if torch.cuda.is_available() and not asked.cpu else "cpu"
-        where = at_home(asked.checkpoint)
-        coder = read_tokens(where) if recipe.data.tokens else None
+        coder = read_tokens(where) if model.vocab != 256 else None
         prompt = read_prompt(asked.prompt, coder)
         way = asked.max_tokens, asked.temperature, asked.top_p
         seed = None if asked.greedy else asked.seed

@@ -70,6 +70,7 @@ _KINDS = {
     "imports": (list, "a list"),
     "seeds": (list, "a list of whole numbers"),
     "cost": (bool, "true or false"),
+    "curves": (bool, "true or false"),
     "tasks": (dict, "tables"),
     "mixers": (dict, "tables"),
 }
@@ -116,7 +117,8 @@ def arguments(task: str, table: dict[str, Any]) -> dict[str, Any]:  # of preset
 
 
 # %% ../nbs/12_compare.ipynb #d774a7e3
-_ENTRIES = ("imports", "seeds", "reference", "tolerance", "cost", "tasks", "mixers")
+_ENTRIES = ("imports", "seeds", "reference", "tolerance", "cost", "curves", "tasks")
+_ENTRIES += ("mixers",)
 
 
 def read_grid(
@@ -373,7 +375,7 @@ def compare_main(asked: Compare) -> None:
     grid, results, action = asked.grid, Path(asked.results), asked.action
     cells, table = guarded(lambda: (read_grid(grid), parse_toml(grid)), "")
     if action != "show":
-        work_off(cells, action, asked, asked.weights)
+        work_off(cells, action, asked, asked.weights, table.get("curves", False))
     if action == "list":
         return
     folder = results / Path(grid).stem

@@ -249,12 +249,17 @@ class Pretrained(nn.Module):
     def save_pretrained(
         self,
         folder: str | Path,  # gets `config.json` and `model.safetensors`
+        # to round weights to, such as torch.float16; they are read back as float32
+        dtype: torch.dtype | None = None,
         **_: Any,  # what the Hub passes and this does not need
     ) -> None:
         "Write the arguments and the weights; each file is replaced whole."
         from safetensors.torch import save
 
         weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+        if dtype is not None:
+            real = {k for k, v in weights.items() if v.is_floating_point()}
+            weights |= {k: weights[k].to(dtype) for k in real}
         replace_file(Path(folder) / "model.safetensors", save(weights))
         config = json.dumps(self.config, indent=1).encode()
         replace_file(Path(folder) / "config.json", config)

@@ -636,3 +636,17 @@ def test_what_a_cache_that_forgets_refuses():
     with torch.no_grad(), pytest.raises(ValueError, match="did not come to LaS"):
         model(noise()[:, :1], past_key_values=cache)
         model(noise()[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["hf-scores", "hf-weights"])
+def test_a_small_model_may_guess_ahead(name):
+    "Assisted generation takes tokens back, and says what the model says alone."
+    model = build()
+    torch.manual_seed(1)
+    helper = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES | dict(num_hidden_layers=1)))
+    for m in (model, helper):
+        m.eval().set_attn_implementation(name)
+    write = dict(max_new_tokens=20, do_sample=False)
+    want = model.generate(noise()[:1], **write)
+    got = model.generate(noise()[:1], assistant_model=helper, **write)
+    assert torch.equal(got, want)
