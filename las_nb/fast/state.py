@@ -343,6 +343,7 @@ class LaSState(State):
     bounds: tuple[float, ...] | None
     chunk: int | None
     sizes: tuple[int, int]  # D of keys, and of values
+    made: int
 
     def __init__(
         self,
