@@ -345,6 +345,7 @@ class LaSState(State):
     sizes: tuple[int, int]  # D of keys, and of values
     decays: list[bool]  # does any head of a group?
     tables: dict[Any, torch.Tensor]  # what only the options say, see _table
+    made: int
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ __all__ = ["influence", "Attention", "ALiBi", "Local"]
 import torch, torch.nn.functional as F
 from torch import nn
 from ..fast import LaSState, las_state
-from .las import SelfAttention, check_decodes
+from .las import SelfAttention, check_decodes, kept_as
 from .register import register_mixer
 from ..padding import key_mask, whole_lengths
 
@@ -51,7 +51,7 @@ class Attention(SelfAttention):
         keys. Raises `ValueError` unless the layer is causal."""
         check_decodes(self, Attention)
         D = self.qkv.in_features // self.n_heads
-        return las_state(batch, (0.0,) * self.n_heads, D, 1, **self.kind)
+        return las_state(batch, (0.0,) * self.n_heads, D, 1, **kept_as(self))
 
     def real_keys(
         self, k: torch.Tensor, lengths: torch.Tensor | None
