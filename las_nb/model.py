@@ -28,7 +28,7 @@ from typing import Any, Iterator
 from torch import nn
 from typing_extensions import Self
 from ._util import at_home, check_choice, replace_file
-from .fast.state import State
+from .fast.streams import State
 from .mixers import MIXERS, check_mixer, mixer_options
 from .mixers.decode import ConvState, mixer_state, mixer_step
 from .mixers.las import LaSAttention, frozen

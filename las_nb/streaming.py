@@ -20,7 +20,7 @@ import statistics, time
 import torch, torch.nn.functional as F
 from typing import Any, Callable
 from .fast import las_state
-from .fast.state import State
+from .fast.streams import State
 from .locality import exact_rates
 from .model import LaSTransformer
 

@@ -9,7 +9,7 @@ __all__ = ["ConvState", "KeptInputs", "mixer_state", "mixer_step"]
 import torch
 from torch import nn
 from typing import Any
-from ..fast.state import State, last_rows, pick_rows
+from ..fast.streams import State, last_rows, pick_rows
 
 
 # %% ../../nbs/decoding.ipynb #5548c030
