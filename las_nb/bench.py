@@ -943,5 +943,6 @@ def _decoding(asked: Bench) -> None:
         refuse(f"{e.strerror or e}: {e.filename or ''}")
     except KeyboardInterrupt:
         refuse("stopped: nothing was kept")
-    print(decoding_table(record["layer"] + record["model"]))
+    for part in ("layer", "model"):
+        print(f"{part}\n\n{decoding_table(record[part])}\n")
     print(f"kept in {path}")
