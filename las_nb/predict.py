@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["Predictor", "load", "predict_file"]
 
-# %% ../nbs/predict.ipynb #94573af0
+# %% ../nbs/predict.ipynb #61c26efd
 import csv, io
 import torch
 from pathlib import Path
@@ -19,7 +19,7 @@ from .tasks.preparation import Raw, lay
 from .train import load_run
 
 
-# %% ../nbs/predict.ipynb #ae7aa718
+# %% ../nbs/predict.ipynb #6852c14d
 class Predictor:
     "A trained model that takes sequences as they are, and answers in words or numbers."
 
@@ -89,7 +89,7 @@ def load(
     return Predictor(model, made, "cuda" if gpu else "cpu", recipe.optimizer.at_once)
 
 
-# %% ../nbs/predict.ipynb #c3a83122
+# %% ../nbs/predict.ipynb #5d3b6ee6
 def predict_file(
     folder: str | Path,  # of a run, or one of its checkpoints
     data: str | Path,  # a file like that of the training; needs no target
@@ -107,7 +107,7 @@ def predict_file(
     raw.targets = None
     outputs = model.outputs(prepared(made, raw))
     names = raw.names or range(1, 1 + len(outputs))
-    rows = [[_plain(n), a] for n, a in zip(names, answers(made, outputs))]
+    rows = [[_plain(n), _plain(a)] for n, a in zip(names, answers(made, outputs))]
     head = [raw.name, f"predicted {made.target}"]
     if made.goal == "classes":
         likely = outputs.softmax(-1).max(-1).values.tolist()
@@ -120,6 +120,5 @@ def predict_file(
 
 
 def _plain(name: Any) -> Any:
-    "Whole numbers without a fraction."
-    whole = isinstance(name, float) and name.is_integer()
-    return int(name) if whole else name
+    "Numbers with six digits."
+    return f"{name:.6g}" if isinstance(name, float) else name

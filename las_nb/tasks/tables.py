@@ -12,7 +12,7 @@ __all__ = [
     "file_facts",
 ]
 
-# %% ../../nbs/own.ipynb #44391aac
+# %% ../../nbs/own.ipynb #3181b7f7
 import functools, math
 import torch
 from dataclasses import asdict, replace
@@ -26,7 +26,7 @@ from .readers import PARTS, Column, Columns, columns_of, is_number
 from .readers import part_of, rows_of
 from .sequences import Sequences, shuffled
 
-# %% ../../nbs/own.ipynb #733b870c
+# %% ../../nbs/own.ipynb #89df2ca6
 _TARGETS = ("target", "label", "labels", "class", "y")
 _NUMBERING = {"id", "index", "idx", "", "unnamed: 0"}
 
@@ -67,7 +67,7 @@ def _target_of(table: Columns, said: Table, source: str) -> str:
     return known[0]
 
 
-# %% ../../nbs/own.ipynb #473d7059
+# %% ../../nbs/own.ipynb #83d8bed9
 def _long_text(column: Column) -> bool:
     "Does it look like text, rather than like names?"
     words = [c for c in column.cells[:100] if c]
@@ -102,7 +102,7 @@ def _inputs_of(table: Columns, said: Table, target: str, source: str) -> Table:
 _KINDS = ("lists", "numbers", "words")
 
 
-# %% ../../nbs/own.ipynb #17720c8f
+# %% ../../nbs/own.ipynb #a2d0543f
 def _numbers(table: Columns, names: list[str], source: str) -> torch.Tensor:
     "Columns of numbers `(rows, columns)`; raises `DataError` for a cell that is none."
     found = []
@@ -172,7 +172,7 @@ def _texts(table: Columns, name: str, source: str) -> tuple[Any, ...]:
     return lay(cells, "words" if lists else "text", None, table.places.__getitem__)
 
 
-# %% ../../nbs/own.ipynb #b214592d
+# %% ../../nbs/own.ipynb #9895e436
 def _by_time(cells: list[Any], places: list[str], name: str) -> list[float]:
     "Times as numbers: numbers as they are, dates in seconds."
     found = []
@@ -238,7 +238,7 @@ def _rows_alone(table: Columns, rows: list[int]) -> Columns:
     return Columns(columns, *picked)
 
 
-# %% ../../nbs/own.ipynb #c8cadb20
+# %% ../../nbs/own.ipynb #a3225b40
 def _split_cells(table: Columns, said: Table, source: str) -> list[str | None]:
     "The split of each row, where a column or a file's name says it."
     if not said.split:
@@ -302,7 +302,7 @@ def read_raw(
     return raw
 
 
-# %% ../../nbs/own.ipynb #60e0fc72
+# %% ../../nbs/own.ipynb #1b65a019
 def _listed_targets(y: Any, n: int, source: str) -> list[Any]:
     "Targets as a list of one number, or name, per sequence."
     found = y.tolist() if hasattr(y, "tolist") else list(y)
@@ -395,7 +395,7 @@ def raw_dataset(
     return raw_arrays(found, "the dataset")
 
 
-# %% ../../nbs/own.ipynb #30e438c5
+# %% ../../nbs/own.ipynb #67f0ca42
 def _goal_of(raw: Raw, said: str | None) -> str:
     "What is asked; targets become what it wants."
     targets = raw.targets or []
@@ -426,7 +426,7 @@ def _goal_of(raw: Raw, said: str | None) -> str:
     return goal
 
 
-# %% ../../nbs/own.ipynb #db11217b
+# %% ../../nbs/own.ipynb #9a1fe351
 def _drawn(raw: Raw, i: torch.Tensor, goal: str) -> tuple[torch.Tensor, str]:
     "An order of sequences `(m,)` whose every tenth is like all of them, and why."
     order = i[shuffled(len(i))].tolist()
@@ -494,7 +494,7 @@ def splits_of(
     return {part: found[part] for part in PARTS}, f"as given, {lost} {how}"
 
 
-# %% ../../nbs/own.ipynb #c8052c7a
+# %% ../../nbs/own.ipynb #124bf531
 def _in_words(raw: Raw, made: Preparation) -> str:
     "How many sequences of what, and what is asked."
     n, steps = len(raw.starts) - 1, raw.starts.diff()
