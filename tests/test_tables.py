@@ -624,7 +624,7 @@ def test_what_is_printed_before_training(tmp_path, capsys):
     record = json.loads((tmp_path / "r" / "results.json").read_text())
     assert (
         record["command"]
-        == f"las train table --preset smoke --dim 16 --data {path} --target kind"
+        == f"las train table --preset smoke --dim 16 --target kind --data {path}"
     )
     assert record["name"] == "waves-smoke-las-none-0" and record["trivial"] == {
         "majority class": 50
