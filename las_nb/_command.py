@@ -126,6 +126,7 @@ def _in_one_line(text: str) -> str:
     return first.removesuffix(" (required)").strip() or text.strip()
 
 
+# %% ../nbs/command.ipynb #0902c106
 def names_data(
     kind: type,  # a dataclass of las_nb.settings
     words: list[str],  # of the command line, without the command's name
@@ -140,6 +141,7 @@ def names_data(
     return "data" in asked.given and not asked.plain
 
 
+# %% ../nbs/command.ipynb #726dce6d
 def parse(
     kind: type,  # a dataclass of las_nb.settings
     words: list[str],  # of the command line, without the command's name

@@ -23,6 +23,11 @@ from .train import load_run
 class Predictor:
     "A trained model that takes sequences as they are, and answers in words or numbers."
 
+    model: LaSTransformer
+    preparation: Preparation
+    device: str | torch.device
+    size: int
+
     def __init__(
         self,
         model: LaSTransformer,
@@ -73,6 +78,7 @@ class Predictor:
         return self.outputs(self.sequences(x, lengths), features=True)
 
 
+# %% ../nbs/predict.ipynb #6948d0c2
 def load(
     folder: str | Path,  # of a run, or one of its checkpoints
     cpu: bool = True,  # leave the GPU alone
@@ -82,8 +88,8 @@ def load(
     made = stored_preparation(at_home(folder))
     if made is None:
         raise TrainingError(
-            f"{folder} is a model of {recipe.task}, which has no preparation of its own; "
-            "take load_run"
+            f"{folder} is a model of {recipe.task}, which has no preparation of its "
+            "own: take load_run"
         )
     gpu = torch.cuda.is_available() and not cpu
     return Predictor(model, made, "cuda" if gpu else "cpu", recipe.optimizer.at_once)
@@ -101,7 +107,8 @@ def predict_file(
     made = model.preparation
     if not made.columns:
         raise DataError(
-            f"{folder} was trained on data that came from Python: use load(folder) there"
+            f"{folder} was trained on data that came from Python: use load(folder) "
+            "there"
         )
     raw = read_raw(data, Table(**made.columns), labelled=False)
     raw.targets = None

@@ -413,6 +413,7 @@ class Eval:
     cpu: bool = False  # leave the GPU alone
 
 
+# %% ../nbs/settings.ipynb #f39b0666
 @dataclass
 class Predict:
     "Let a model that was trained on a file of your own answer for another file."

@@ -91,6 +91,7 @@ def _inputs(x: torch.Tensor, where: str, task: Any) -> torch.Tensor:
     return x
 
 
+# %% ../../nbs/tidy.ipynb #06d97f14
 def _classes(y: torch.Tensor, where: str, n_classes: int) -> torch.Tensor:
     "Labels of classes as int64."
     if y.is_floating_point():
@@ -124,6 +125,7 @@ def _lengths(lengths: Any, n: int, steps: int, where: str) -> torch.Tensor:
     return found
 
 
+# %% ../../nbs/tidy.ipynb #f6fb7baa
 def _batch(split: Batch, where: str, task: Any) -> Batch:
     "A batch as the loop wants it."
     goal: Goal = task.goal

@@ -61,8 +61,11 @@ class Goal:
 class Classes(Goal):
     "The right one of several classes."
 
-    unit, score, main, lost = "nats", "accuracy (%)", "accuracy", "nats"
-    sums = 3
+    unit: str = "nats"
+    score: str = "accuracy (%)"
+    main: str = "accuracy"
+    lost: str = "nats"
+    sums: int = 3
 
     def loss(
         self,
@@ -108,14 +111,15 @@ class Classes(Goal):
 class Numbers(Goal):
     "Numbers, one or several per sequence, as near as can be."
 
-    unit, score, main, lost = "squared deviations", "R² (%)", "r2", "mse"
-    extra = "r2", "mse", "mae"
-    sums = 5
+    unit: str = "squared deviations"
+    score: str = "R² (%)"
+    main: str = "r2"
+    lost: str = "mse"
+    extra: tuple[str, ...] = ("r2", "mse", "mae")
+    sums: int = 5
+    deviation: float  # of the numbers as they came: the unit of labels
 
-    def __init__(
-        self,
-        deviation: float = 1.0,  # of the numbers as they came: the unit of labels
-    ):
+    def __init__(self, deviation: float = 1.0):
         self.deviation = deviation
 
     def _errors(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -124,12 +128,9 @@ class Numbers(Goal):
         return error.masked_fill(labels.isnan(), 0)
 
     def loss(
-        self,
-        outputs: torch.Tensor,  # `(b, k)`
-        labels: torch.Tensor,  # `(b, k)`; NaN: nothing is asked here
-        smoothing: float = 0.0,  # means nothing here
+        self, outputs: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0
     ) -> torch.Tensor:
-        "The sum of squared errors."
+        "The sum of squared errors; smoothing means nothing here."
         return self._errors(outputs, labels).square().sum()
 
     def hits(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -160,8 +161,7 @@ class Numbers(Goal):
 
     def said(self, scores: dict[str, float]) -> str:
         "All three."
-        r2, mse, mae = (scores[name] for name in ("r2", "mse", "mae"))
-        return f"R² {r2:.3f}, MSE {mse:.4g}, MAE {mae:.4g}"
+        return "R² {r2:.3f}, MSE {mse:.4g}, MAE {mae:.4g}".format(**scores)
 
     def percent(self, scores: dict[str, float]) -> float:
         "R² in percent."

@@ -124,7 +124,7 @@ def in_text(
 class NextToken(Classes):
     "What comes next, at every position; scores of text are told beside the accuracy."
 
-    extra = "bits_per_byte", "word_perplexity"
+    extra: tuple[str, ...] = ("bits_per_byte", "word_perplexity")
 
     def scores(self, told: list[float], split: Any) -> dict[str, float]:
         "Accuracy, loss, bits per byte and perplexity per word."

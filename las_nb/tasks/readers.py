@@ -182,6 +182,7 @@ def _class_folders(path: Path) -> Iterator[Row]:
                 yield Row(cells, str(f), part)
 
 
+# %% ../../nbs/readers.ipynb #de1ddea6
 def rows_of(
     path: str | Path,  # a file, a folder of files, of class folders, or a dataset
 ) -> Iterator[Row]:
@@ -229,14 +230,16 @@ def _read_list(cell: Any) -> Any:
     return [float(w) for w in re.split(r"[\s,;]+", cell.strip(" \t[]()")) if w]
 
 
+# %% ../../nbs/readers.ipynb #076f778b
 class Column:
     "The cells of one column."
 
+    kind: str  # "words", "numbers" or "lists"; "" as long as nothing stands in it
+    cells: Any  # a list; numbers: an array, with NaN where one is missing
+    wrong: str  # what is said of the first cell that does not fit
+
     def __init__(self, words: bool):
-        # "words", "numbers" or "lists"; "" as long as nothing stands in it
-        self.kind = "words" if words else ""
-        self.cells: Any = []  # numbers: an array, with NaN where one is missing
-        self.wrong: str = ""  # what is said of the first cell that does not fit
+        self.kind, self.cells, self.wrong = "words" if words else "", [], ""
 
     def add(self, cell: Any, place: str) -> None:
         "One cell more."
@@ -286,6 +289,7 @@ def _as_words(cell: Any) -> Any:
     return str(int(cell)) if whole else str(cell)
 
 
+# %% ../../nbs/readers.ipynb #f915de0a
 class Columns(NamedTuple):
     "A table."
 

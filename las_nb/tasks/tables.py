@@ -50,7 +50,8 @@ def _few(names: list[Any], most: int = 4) -> str:
 
 def _names(text: str | None) -> list[str]:
     "Names that stand with commas between."
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+    parts = text.split(",") if text else []
+    return [name for part in parts if (name := part.strip())]
 
 
 def _target_of(table: Columns, said: Table, source: str) -> str:
@@ -84,7 +85,9 @@ def _inputs_of(table: Columns, said: Table, target: str, source: str) -> Table:
     used = {target, said.group, said.time, said.split}
     free = {n: c for n, c in table.columns.items() if n not in used}
     free = {n: c for n, c in free.items() if n.lower() not in _NUMBERING}
-    kinds = {k: [n for n, c in free.items() if c.kind == k] for k in _KINDS}
+    kinds: dict[str, list[str]] = {"": [], "lists": [], "numbers": [], "words": []}
+    for name, column in free.items():
+        kinds[column.kind].append(name)
     texts = kinds["words"]
     if len(texts) > 1 or kinds["numbers"]:
         texts = [n for n in texts if _long_text(free[n])]
@@ -97,9 +100,6 @@ def _inputs_of(table: Columns, said: Table, target: str, source: str) -> Table:
         f"say what of {source} to read with --values or --text: numbers stand in "
         f"{_few(found) or 'no column'}, texts in {_few(texts) or 'no column'}"
     )
-
-
-_KINDS = ("lists", "numbers", "words")
 
 
 # %% ../../nbs/own.ipynb #a2d0543f
@@ -157,9 +157,11 @@ def _as_floats(row: Any) -> Any:
     "A list of numbers, in which None is a missing one."
     if row and isinstance(row[0], (list, tuple)):
         return [_as_floats(r) for r in row]
-    return [math.nan if v is None else float(v) if is_number(v) else v for v in row]
+    known = [math.nan if v is None else v for v in row]
+    return [float(v) if is_number(v, finite=False) else v for v in known]
 
 
+# %% ../../nbs/own.ipynb #0976481e
 def _texts(table: Columns, name: str, source: str) -> tuple[Any, ...]:
     "Every row is a text."
     cells = _column(table, name, source).cells
@@ -558,7 +560,7 @@ def _part(whole: Sequences, i: torch.Tensor) -> Sequences:
 @functools.lru_cache(maxsize=2)
 def _file_facts(
     path: str, _: tuple[Any, ...], said: tuple[Any, ...], length: int | None
-):
+) -> dict[str, Any]:
     table = Table(**dict(said))
     return own_facts(read_raw(path, table), table.goal, length, holes=True)
 

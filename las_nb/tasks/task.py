@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "TASKS",
+    "Facts",
     "Task",
     "register_task",
     "task_named",
@@ -31,7 +32,7 @@ from .tables import file_facts, own_facts, raw_arrays, raw_dataset
 
 
 # %% ../../nbs/task.ipynb #ca6a9d2d
-class Task(NamedTuple):
+class Facts(NamedTuple):
     "What a model must know of a task, and how its data are loaded."
 
     # (root, limit=, sample=, seed=, and length= where one may choose) -> dict of
@@ -66,6 +67,13 @@ class Task(NamedTuple):
     preparation: Preparation | None = None
     note: str = ""  # what was understood of them
     any_data: bool = False  # is it made of a file that is named when it is trained?
+
+
+# %% ../../nbs/task.ipynb #26102841
+class Task(Facts):
+    "What a model must know of a task, and how its data are loaded."
+
+    __slots__ = ()
 
     @classmethod
     def from_csv(

@@ -1211,12 +1211,13 @@ def _labelled(
     now = task_of(recipe)
     if now.preparation != made:
         raise TrainingError(
-            f"{recipe.data.path or recipe.task} is not what {path} was trained on: bring "
-            "it back, or name a labelled file with --data"
+            f"{recipe.data.path or recipe.task} is not what {path} was trained on: "
+            "bring it back, or name a labelled file with --data"
         )
     return task, load_data(recipe, root, task=now)[split]
 
 
+# %% ../../nbs/18_train.ipynb #ef6e5bd2
 def goal_of(
     path: str | Path,  # a run's folder, or one of its checkpoints
 ) -> Goal:
