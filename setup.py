@@ -23,6 +23,7 @@ setup(
     install_requires=s["requirements"].split(),
     extras_require={
         "train": train,
+        "data": train + s["data_requirements"].split(),
         "hub": s["hub_requirements"].split(),
         "cluster": train + s["cluster_requirements"].split(),
         "dev": train + s["dev_requirements"].split(),

@@ -11,6 +11,7 @@ __all__ = [
     "las_attention",
     "las_dense",
     "las_state",
+    "load",
     "masked_las_attention",
     "register_las",
     "register_mixer",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from las_nb.locality import decay_rates
     from las_nb.mixers import LaSAttention, register_mixer
     from las_nb.model import LaSTransformer
+    from las_nb.predict import load
 
 # %% ../nbs/package.ipynb #b21cf753
 _all_ = [
@@ -37,6 +39,7 @@ _all_ = [
     "las_attention",
     "las_dense",
     "las_state",
+    "load",
     "masked_las_attention",
     "register_las",
     "register_mixer",
@@ -50,6 +53,7 @@ _HOMES = {
     "locality": ("decay_rates",),
     "mixers": ("LaSAttention", "register_mixer"),
     "model": ("LaSTransformer",),
+    "predict": ("load",),
 }
 
 

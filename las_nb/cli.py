@@ -10,7 +10,7 @@ import contextlib, importlib.util, os, sys
 from pathlib import Path
 from typing import Any, Callable
 from . import settings
-from ._command import guarded, needs, parse, summary
+from ._command import guarded, names_data, needs, parse, summary
 from ._util import at_home, check_choice, import_extension, is_first
 from ._util import nearest, refuse
 
@@ -42,15 +42,28 @@ def _eval(asked: settings.Eval, given: list[str]) -> None:
     needs("safetensors")
 
     def call():
-        from las_nb.train import score
+        from las_nb.train import goal_of, score
 
-        return score(asked.checkpoint, asked.split, asked.root, asked.cpu)
+        where = asked.checkpoint, asked.split, asked.root, asked.cpu, asked.data
+        found = score(*where)
+        return f"{goal_of(asked.checkpoint).said(found)} of {found['n']:,} sequences"
 
     found = guarded(call, "")
-    of = f"{found['accuracy']:.2f} % of {found['n']:,} sequences"
-    if bits := found.get("bits_per_byte"):
-        of = f"{bits:.3f} bits per byte, {of}"
-    print(f"{asked.checkpoint}: {asked.split} {of}")
+    print(f"{asked.checkpoint}: {asked.data or asked.split} {found}")
+
+
+def _predict(asked: settings.Predict, given: list[str]) -> None:
+    needs("safetensors")
+    if not asked.data:
+        refuse("name the file to answer for with --data")
+
+    def call():
+        from las_nb.predict import predict_file
+
+        return predict_file(asked.checkpoint, asked.data, asked.out, asked.cpu)
+
+    n = guarded(call, "")
+    print(f"{asked.out}: {n:,} predictions")
 
 
 # %% ../nbs/cli.ipynb #b1c510bd
@@ -208,6 +221,7 @@ def _digits(asked: settings.Digits, given: list[str]) -> None:
 _COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "train": (settings.Train, _train),
     "eval": (settings.Eval, _eval),
+    "predict": (settings.Predict, _predict),
     "write": (settings.Write, _write),
     "convert": (settings.Convert, _convert),
     "data": (settings.GetData, _data),
@@ -322,6 +336,8 @@ def _obey(words: list[str] | None) -> None:
         )
     modules, rest = _extensions(words[1:])
     kind, work = _COMMANDS[words[0]]
+    if kind is settings.Train and names_data(kind, rest):
+        rest = ["table", *rest]
     asked, given = parse(kind, rest, f"las {words[0]}")
     for name in modules:
         guarded(lambda: import_extension(name), "")

@@ -9,6 +9,7 @@ __all__ = [
     "Mixer",
     "Optimizer",
     "Data",
+    "Table",
     "Recipe",
     "kinds_of",
     "short_names",
@@ -21,6 +22,7 @@ __all__ = [
     "Run",
     "Train",
     "Eval",
+    "Predict",
     "Write",
     "Convert",
     "GetData",
@@ -164,7 +166,8 @@ class Data:
     # of how many: square (half of both sides), rows (half of them), few-rows (a
     # quarter)
     coarse: str = "square"
-    # text to learn in place of the task's: a UTF-8 file, or a folder of them
+    # what to learn in place of the task's: a text, or a folder of texts; of the task
+    # table a CSV or JSON lines file, an .npz, a folder of class folders, ...
     path: str | None = None
     tokens: int | None = None  # vocabulary of byte-pair encoding; none = bytes
 
@@ -180,6 +183,29 @@ class Data:
             )
 
 
+# %% ../nbs/settings.ipynb #c66e2c08
+@dataclass
+class Table:
+    "How data of one's own are read: las train --data PATH --target COLUMN."
+
+    # column that is to be answered; none = label, target, class or y
+    target: str | None = None
+    # what stands in it; none = as it looks
+    goal: Literal["classes", "numbers"] | None = None
+    values: str | None = None  # columns to read, of numbers or lists: a,b,c
+    text: str | None = None  # column of text to read, in their place
+    # column; rows that are alike in it stay in one split, and with time are one
+    # sequence
+    group: str | None = None
+    time: str | None = None  # column; the latest are the test, or the steps of a group
+    split: str | None = None  # column that says train, valid or test
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.values and self.text:
+            raise ValueError("values and text name what is read: give one of them")
+
+
 # %% ../nbs/settings.ipynb #943f0a88
 @dataclass
 class Recipe:
@@ -192,6 +218,7 @@ class Recipe:
     mixer: Mixer = field(default_factory=Mixer)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
+    table: Table = field(default_factory=Table)
     seed: int = 0  # of weights, order and dropout
     preset: str = "fast"  # of the task: fast, cpu, paper, short or smoke
 
@@ -264,7 +291,7 @@ def _check_number(settings: Any, name: str, low: float, above: bool = False) -> 
 
 
 # %% ../nbs/settings.ipynb #2ba333ac
-_GROUPS = dict(model=Model, mixer=Mixer, optimizer=Optimizer, data=Data)
+_GROUPS = dict(model=Model, mixer=Mixer, optimizer=Optimizer, data=Data, table=Table)
 LONG = dict(model="mixer.name", mixer_options="mixer.options", data="data.path")
 
 
@@ -374,18 +401,31 @@ class Run:
 
 @dataclass
 class Train(Recipe):
-    "Train a model on a task."
+    "Train a model on a task, or on a file of your own: --data PATH --target COLUMN."
 
     run: Run = field(default_factory=Run)
 
 
 @dataclass
 class Eval:
-    "Accuracy of a stored model."
+    "Scores of a stored model."
 
     checkpoint: str  # folder of a run, or one of its checkpoints
     split: Literal["train", "valid", "test"] = "test"  # which sequences
+    # a labelled file to score in place of the run's own, in runs of the task table
+    data: str | None = None
     root: str | None = None  # data files; by default LAS_NB_DATA, or the user's cache
+    cpu: bool = False  # leave the GPU alone
+
+
+# %% ../nbs/settings.ipynb #f39b0666
+@dataclass
+class Predict:
+    "Let a model that was trained on a file of your own answer for another file."
+
+    checkpoint: str  # folder of a run, or one of its checkpoints
+    data: str = ""  # a file like that of the training; it needs no target
+    out: str = "predictions.csv"  # a CSV: a line for every sequence
     cpu: bool = False  # leave the GPU alone
 
 

@@ -131,7 +131,13 @@ def test_metadata_comes_from_settings(wheel, meta):
         and meta["Summary"] == s["description"]
         and meta["Author"] == s["author"]
     )
-    assert set(meta.get_all("Provides-Extra")) == {"train", "hub", "cluster", "dev"}
+    assert set(meta.get_all("Provides-Extra")) == {
+        "train",
+        "data",
+        "hub",
+        "cluster",
+        "dev",
+    }
     urls = dict(u.split(", ", 1) for u in meta.get_all("Project-URL"))
     assert urls == {
         "Documentation": s["doc_host"] + s["doc_baseurl"],
@@ -229,7 +235,7 @@ def test_names_at_the_top(python):
     code = "import las_nb; print(all(hasattr(las_nb, n) for n in las_nb.__all__), len(las_nb.__all__), las_nb.las_attention.__module__)"
     assert subprocess.run(
         [python, "-I", "-c", code], capture_output=True, text=True, cwd="/"
-    ).stdout.split() == ["True", "9", "las_nb.fast.api"]
+    ).stdout.split() == ["True", "10", "las_nb.fast.api"]
 
 
 def test_health_check_in_a_bare_environment(python):

@@ -8,9 +8,11 @@ __all__ = [
     "Task",
     "register_task",
     "load_task",
+    "task_named",
     "bounds",
     "describe",
     "trivial",
+    "understood",
     "DataError",
     "Batch",
     "Sequences",
@@ -19,19 +21,32 @@ __all__ = [
     "reading_order",
     "shuffled",
     "hold_out",
+    "Goal",
+    "Classes",
+    "Numbers",
+    "measure",
     "Passages",
     "in_text",
+    "Preparation",
+    "answers",
+    "prepared",
+    "stored_preparation",
+    "read_raw",
     "data_root",
     "ARENA",
 ]
 
 # %% ../../nbs/room_tasks.ipynb #a5b14e06
-from .task import TASKS, Task, register_task, load_task
-from .task import bounds, describe, trivial
+from .task import TASKS, Task, register_task, load_task, task_named
+from .task import bounds, describe, trivial, understood
 from .._util import DataError
 from .sequences import Batch, Sequences, batches, epoch_order
 from .sequences import reading_order, shuffled, hold_out
+from .goals import Goal, Classes, Numbers, measure
 from .passages import Passages, in_text
+from .preparation import Preparation, answers, prepared
+from .preparation import stored_preparation
+from .tables import read_raw
 from ._files import data_root
 from .arena import ARENA
 from las_nb.tasks import (
@@ -52,9 +67,11 @@ _all_ = [
     "Task",
     "register_task",
     "load_task",
+    "task_named",
     "bounds",
     "describe",
     "trivial",
+    "understood",
     "DataError",
     "Batch",
     "Sequences",
@@ -63,8 +80,17 @@ _all_ = [
     "reading_order",
     "shuffled",
     "hold_out",
+    "Goal",
+    "Classes",
+    "Numbers",
+    "measure",
     "Passages",
     "in_text",
+    "Preparation",
+    "answers",
+    "prepared",
+    "stored_preparation",
+    "read_raw",
     "data_root",
     "ARENA",
 ]

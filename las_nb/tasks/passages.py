@@ -9,6 +9,7 @@ __all__ = [
     "Passages",
     "cut",
     "in_text",
+    "NextToken",
     "learn_tokens",
     "read_tokens",
     "stream",
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from .._util import DataError, at_home, replace_file
 from ._files import _cache_folder, alone, download
+from .goals import Classes
 from .sequences import Batch, shuffled
 from .task import Task, register_task
 
@@ -116,6 +118,27 @@ def in_text(
     word = math.exp(min(total / max(1, of_words), 700))
     bits = total / max(1, of_bytes) / math.log(2)
     return dict(bits_per_byte=bits, word_perplexity=word)
+
+
+# %% ../../nbs/passages.ipynb #108215ce
+class NextToken(Classes):
+    "What comes next, at every position; scores of text are told beside the accuracy."
+
+    extra: tuple[str, ...] = ("bits_per_byte", "word_perplexity")
+
+    def scores(self, told: list[float], split: Any) -> dict[str, float]:
+        "Accuracy, loss, bits per byte and perplexity per word."
+        found = super().scores(told, split)
+        return found | in_text(found["nats"], split)
+
+    def progress(self, loss: float, hits: float, split: Any) -> str:
+        "The loss in bits per byte, and the accuracy."
+        bits = in_text(loss, split)["bits_per_byte"]
+        return f"{bits:.3f} bits/byte, accuracy {100 * hits:.1f} %"
+
+    def said(self, scores: dict[str, float]) -> str:
+        "Bits per byte, and accuracy."
+        return f"{scores['bits_per_byte']:.3f} bits per byte, {super().said(scores)}"
 
 
 # %% ../../nbs/passages.ipynb #77f8f97e
@@ -344,5 +367,6 @@ for _task, _text in (("language", "wikitext-2"), ("language-103", "wikitext-103"
             any_length=True,
             any_text=True,
             presets=dict(fast=_SMALL, smoke=_SMALL | dict(limit=64, epochs=1)),
+            goal=NextToken(),
         ),
     )

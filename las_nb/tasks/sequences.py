@@ -28,7 +28,8 @@ class Batch(NamedTuple):
     inputs: torch.Tensor  # tokens `(B, L)` or values `(B, L, F)`
     # true lengths `(B,)`, or None where no sequence is padded
     lengths: torch.Tensor | None
-    labels: torch.Tensor  # `(B,)`, whole numbers
+    # `(B,)`, whole numbers; or numbers `(B, k)`, where these are asked for
+    labels: torch.Tensor
 
     def rows(self, i: torch.Tensor | slice) -> "Batch":
         "The sequences `i`: an index tensor or a slice."
@@ -120,13 +121,14 @@ def epoch_order(
 # %% ../../nbs/17_data.ipynb #288361b0
 @dataclass
 class Sequences:
-    "Labelled sequences of any lengths, kept as bytes end to end."
+    "Labelled sequences of any lengths, kept end to end."
 
-    # uint8 `(N,)`: all sequences, one after the other; may be a memory-mapped file
+    # uint8 (or int32) `(N,)`, or float32 `(N, F)`: all sequences, one after the other;
+    # may be a memory-mapped file
     values: torch.Tensor
     # int64 `(n * towers + 1,)`, on the CPU: where each begins, and the end
     starts: torch.Tensor
-    labels: torch.Tensor  # `(n,)`, whole numbers
+    labels: torch.Tensor  # `(n,)`, whole numbers; or `(n, k)`, numbers
     towers: int = 1  # sequences per label: 2 for pairs
     # mean and deviation (on a scale from 0 to 1) of bytes that are grey values; None:
     # they are tokens
@@ -171,9 +173,10 @@ def _cut_out(split: Sequences, i: torch.Tensor | slice) -> Batch:
     begin, length, i = small.to(device).split([len(at), len(at), len(i)])
     steps = torch.arange(L if even else -(-L // 64) * 64, device=device)  # (L,)
     where = (begin[:, None] + steps).clamp_(max=len(split.values) - 1)
-    x = split.values[where]  # (b * towers, L)
+    x = split.values[where]  # (b * towers, L), or (b * towers, L, F)
     if not even:
-        x = x.masked_fill(steps >= length[:, None], 0)
+        padding = steps >= length[:, None]  # (b * towers, L)
+        x = x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0)
     if split.scale:
         mean, deviation = split.scale
         x = ((x / 255 - mean) / deviation)[..., None]  # (b * towers, L, 1)

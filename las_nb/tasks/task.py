@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = [
     "TASKS",
+    "Facts",
     "Task",
     "register_task",
+    "task_named",
     "load_task",
     "trivial",
     "bounds",
+    "understood",
     "describe",
 ]
 
@@ -18,19 +21,24 @@ import hashlib
 import torch
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
-from .._util import check_choice
+from .._util import DataError, check_choice
+from ..settings import Table
 from ._files import data_root
+from ._tidy import call_loader, tidy
+from .goals import Classes, Goal, measure
+from .preparation import Preparation
 from .sequences import Batch, Sequences
+from .tables import file_facts, own_facts, raw_arrays, raw_dataset
 
 
 # %% ../../nbs/task.ipynb #ca6a9d2d
-class Task(NamedTuple):
+class Facts(NamedTuple):
     "What a model must know of a task, and how its data are loaded."
 
     # (root, limit=, sample=, seed=, and length= where one may choose) -> dict of
     # splits; what can be generated and is missing is generated
     load: Callable[..., dict[str, Any]]
-    n_classes: int
+    n_classes: int  # or numbers, where these are asked for
     in_features: int | None = None  # values per position, or None
     vocab: int | None = None  # number of tokens, or None
     pairs: bool = False  # two sequences per label?
@@ -52,6 +60,63 @@ class Task(NamedTuple):
     coarse: dict[str, Callable[[Batch], Batch]] = {}
     # name -> settings of a Recipe, see las_nb.train
     presets: dict[str, dict[str, Any]] = {}
+    goal: Goal = Classes()  # what is asked: the loss, and the scores
+    # name -> (batch -> outputs): answers of rules that do not read
+    guesses: dict[str, Callable[[Batch], torch.Tensor]] = {}
+    # of one's own data: from sequences to inputs, and from outputs to answers
+    preparation: Preparation | None = None
+    note: str = ""  # what was understood of them
+    any_data: bool = False  # is it made of a file that is named when it is trained?
+
+
+# %% ../../nbs/task.ipynb #26102841
+class Task(Facts):
+    "What a model must know of a task, and how its data are loaded."
+
+    __slots__ = ()
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | Path,  # also .tsv, .jsonl, .parquet, .npz, a folder, a dataset
+        target: str | None = None,  # column to answer; None: label, target, class or y
+        length: int | None = None,  # steps that are read of longer sequences
+        **columns: Any,  # goal, values, text, group, time, split: see settings.Table
+    ) -> "Task":
+        """The task in a file; raises `DataError` for what cannot be read, with its
+        place."""
+        return cls(**file_facts(path, Table(target, **columns), length))
+
+    @classmethod
+    def from_arrays(
+        cls,
+        x: Any,  # arrays, tensors or lists: see las_nb.tasks.preparation
+        y: Any,  # a class (whole number, name) or a number (floating point) for each
+        lengths: Any = None,  # true lengths, if sequences are padded on the right
+        valid: tuple[Any, ...]
+        | None = None,  # such as (x, y); None: taken from x and y
+        test: tuple[Any, ...] | None = None,
+        goal: str | None = None,  # "classes" or "numbers"; None: as they look
+        length: int | None = None,  # steps that are read of longer sequences
+    ) -> "Task":
+        "The task in arrays; raises `DataError` for what cannot be meant."
+        parts: dict[str | None, tuple[Any, ...]] = {"train": (x, y, lengths)}
+        parts |= {k: v for k, v in dict(valid=valid, test=test).items() if v}
+        return cls(**own_facts(raw_arrays(parts), goal, length))
+
+    @classmethod
+    def from_dataset(
+        cls,
+        train: Any,  # a torch Dataset, whose items are a sequence and a target
+        valid: Any = None,  # taken from train, if it is not given
+        test: Any = None,
+        goal: str | None = None,  # "classes" or "numbers"; None: as they look
+        length: int | None = None,  # steps that are read of longer sequences
+    ) -> "Task":
+        "The task in datasets, which are read whole; raises `DataError`."
+        parts = dict(train=train, valid=valid, test=test)
+        given = {part: data for part, data in parts.items() if data is not None}
+        return cls(**own_facts(raw_dataset(given), goal, length))
 
 
 # %% ../../nbs/task.ipynb #92afe8a4
@@ -66,9 +131,43 @@ def register_task(
     TASKS[name] = task
 
 
+# %% ../../nbs/task.ipynb #19f7e003
+def _no_file(*_: Any, **__: Any) -> dict[str, Any]:
+    "Say what the task of a person's own data lacks."
+    raise DataError(
+        "table is a file of your own: las train --data PATH --target COLUMN"
+    )
+
+
+_OWN = dict(dim=64, depth=3, norm="layer", epochs=30, batch_size=32, lr=2e-3)
+_OWN_SMOKE = _OWN | dict(epochs=1, limit=64)
+# what it is like is known when its file is
+register_task(
+    "table",
+    Task(
+        _no_file,
+        2,
+        in_features=1,
+        any_length=True,
+        any_data=True,
+        presets=dict(fast=_OWN, smoke=_OWN_SMOKE),
+    ),
+)
+
+
 # %% ../../nbs/task.ipynb #1b18a41e
+def task_named(
+    task: str | Task,  # a key of TASKS, or what it would name
+) -> Task:
+    "A task by its name; raises `ValueError` for an unknown one."
+    if isinstance(task, Task):
+        return task
+    check_choice("task", task, tuple(TASKS))
+    return TASKS[task]
+
+
 def load_task(
-    name: str,  # a key of TASKS
+    name: str | Task,  # a key of TASKS, or a task
     root: str | Path | None = None,  # where files lie; see data_root
     device: str | torch.device = "cpu",  # where the data shall live
     # take this many training and test sequences at most, and a ninth as many for
@@ -84,9 +183,9 @@ def load_task(
     """The three splits of a task, on the device that trains.
 
     Raises `ValueError` for an unknown name and `DataError` when files are missing or
-    damaged."""
-    check_choice("task", name, tuple(TASKS))
-    task = TASKS[name]
+    damaged, or splits are not what a task needs."""
+    task = task_named(name)
+    name = name if isinstance(name, str) else "the task"
     if sample and task.make is None:
         raise ValueError(f"there is no sample of {name}: its data are small already")
     if length is not None and not task.any_length:
@@ -97,7 +196,7 @@ def load_task(
     options = dict(limit=limit, sample=sample, seed=seed)
     options |= {k: v for k, v in dict(length=length, **own).items() if v is not None}
     with torch.device("cpu"):  # whatever torch.set_default_device says
-        splits = task.load(data_root(root), **options)
+        splits = tidy(call_loader(task.load, data_root(root), options), name, task)
     if limit is not None:
         most = dict(train=limit, valid=max(1, limit // 9), test=limit)
         splits = {part: b.first(most[part]) for part, b in splits.items()}
@@ -131,18 +230,40 @@ def trivial(
 
 # %% ../../nbs/task.ipynb #790dd3a8
 def bounds(
-    name: str,  # a key of TASKS
+    name: str | Task,  # a key of TASKS, or a task
     splits: dict[str, Any],  # as from load_task
     # name -> percent of readers that do not read; percent of one without fault, or None
 ) -> tuple[dict[str, float], float | None]:
     "Floors and ceiling of a task, on its test set."
-    task, train, test = TASKS[name], splits["train"], splits["test"]
-    readers = {"majority class": None} | task.readers
+    task, train, test = task_named(name), splits["train"], splits["test"]
+    readers = {}
+    if isinstance(task.goal, Classes):
+        readers = {"majority class": None} | task.readers
     floors = {label: trivial(train, test, r) for label, r in readers.items()}
+    for label, guess in task.guesses.items():
+        floors[label] = task.goal.percent(measure(task.goal, test, guess))
     if task.perfect is None:
         return floors, None
     right = task.perfect(test).cpu() == test.labels.cpu()
     return floors, 100 * right.float().mean().item()
+
+
+# %% ../../nbs/task.ipynb #82b922e8
+def understood(
+    task: Task,
+    splits: dict[str, Any],  # as from load_task
+) -> str:
+    "What was understood of data of one's own, and what rules score that do not read."
+    goal, test = task.goal, splits["test"]
+    floors = [
+        f"{name} {goal.said(measure(goal, test, guess))}"
+        for name, guess in task.guesses.items()
+    ]
+    if isinstance(goal, Classes):
+        floors += [
+            f"{name} {score:.1f} %" for name, score in bounds(task, splits)[0].items()
+        ]
+    return f"{task.note}\nwithout reading, on the test: {'; '.join(floors)}"
 
 
 # %% ../../nbs/task.ipynb #8a9de909

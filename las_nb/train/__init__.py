@@ -31,6 +31,7 @@ __all__ = [
     "Trainer",
     "train",
     "load_run",
+    "goal_of",
     "score",
     "attention_entropy",
     "UNIT",
@@ -47,7 +48,7 @@ from .optim import batch_size, best_precision, moving_average, share_loss
 from .checkpoint import NotFinite, InUse, CannotWrite
 from .checkpoint import checkpoints, save_checkpoint, load_checkpoint
 from .loop import Trainer, train, load_run
-from .loop import UNIT, score, attention_entropy, unit_of_work
+from .loop import UNIT, goal_of, score, attention_entropy, unit_of_work
 
 # %% ../../nbs/room_train.ipynb #4fb84778
 _all_ = [
@@ -78,6 +79,7 @@ _all_ = [
     "Trainer",
     "train",
     "load_run",
+    "goal_of",
     "score",
     "attention_entropy",
     "UNIT",

@@ -11,6 +11,7 @@ __all__ = [
     "attention_entropy",
     "train",
     "load_run",
+    "goal_of",
     "score",
 ]
 
@@ -27,18 +28,19 @@ from .._util import read_json, replace_file, world_size
 from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
 from ..model import LaSTransformer, count_parameters
-from ..settings import Recipe, flat, read_recipe, stored
-from ..tasks import Batch, Sequences, TASKS, batches, bounds, reading_order
+from ..settings import Recipe, Table, flat, read_recipe, stored
+from ..tasks import Batch, Goal, Sequences, TASKS, Task, batches, bounds
+from ..tasks import measure, prepared, read_raw, reading_order, register_task
+from ..tasks import understood
 from ..tasks.sequences import checksum
-from ..tasks.passages import in_text
 from .checkpoint import CannotWrite, InUse, NotFinite
 from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
 from .optim import batch_size, best_precision, learning_rate
 from .optim import moving_average, parameter_groups, plateau_drops
-from .optim import share_loss, told
+from .optim import share_loss
 from .recipe import augments, build, command_line, identity
-from .recipe import load_data, preset
+from .recipe import check, load_data, preset, stored_task, task_of
 from .recipe import run_name
 
 
@@ -46,16 +48,13 @@ from .recipe import run_name
 class Sums(NamedTuple):
     "What an epoch adds up; of norm and worst the largest."
 
-    loss: Any  # of all answers, nats
-    hits: Any  # right answers
+    loss: Any  # of all answers, in the unit of the goal
+    hits: Any  # right answers, or what the goal counts in their place
     asked: Any  # answers
     tokens: Any  # steps read
     norm: Any  # of a gradient
-    worst: Any  # mean loss of a batch, nats
+    worst: Any  # mean loss of a batch
     bad: Any  # the first step that was not finite, counted from 1; 0: none
-    right: Any  # right answers of an evaluation under way
-    nats: Any  # their loss
-    of: Any  # their number
 
 
 # %% ../../nbs/18_train.ipynb #3072c701
@@ -69,6 +68,7 @@ class _RunState:
     # by epoch: seconds (of one core, so far), unit (of work, see unit_of_work)
     cost: dict[str, list[float]]
     sums: torch.Tensor  # of this epoch so far: the numbers of Sums
+    told: torch.Tensor  # of an evaluation under way: what the goal tells
     seconds: float  # of training
     cpu_before: float  # seconds of one core before this process; see cpu_seconds
     tokens: int  # read in the epochs done
@@ -104,6 +104,7 @@ class Trainer(_RunState):
     Works under `accelerate launch` and torchrun on several devices."""
 
     recipe: Recipe
+    task: Task
     out: Path
     name: str
     save_minutes: float
@@ -116,7 +117,7 @@ class Trainer(_RunState):
     model: LaSTransformer
     # methods that cells below add
     run: Callable[[], dict[str, Any]]
-    evaluate: Callable[[str], tuple[float, float]]
+    evaluate: Callable[[str], dict[str, float]]
 
     def __init__(
         self,
@@ -142,7 +143,9 @@ class Trainer(_RunState):
         self.save_minutes, self.deadline = save_minutes, deadline
         self.tensorboard, self.compile, self.progress = tensorboard, compile, progress
         self.report, self.lock = report, None
-        self.model = build(recipe)  # first: it refuses what does not fit
+        check(recipe)  # first: it refuses what does not fit
+        self.task = task_of(recipe)
+        self.model = build(recipe, self.task)
         self.find_devices(cpu, precision)
         self.first(self.claim)
         try:
@@ -283,8 +286,12 @@ def claim(self: Trainer) -> None:
 def prepare(self: Trainer, root: str | Path | None) -> None:
     "Load the data, wrap the model, and go to where the last checkpoint was written."
     r, settings = self.recipe, self.recipe.optimizer
-    self.data = load_data(r, root, self.device)
-    self.augments = augments(r)
+    self.data = load_data(r, root, self.device, self.task)
+    self.augments = augments(r, self.task)
+    if made := self.task.preparation:
+        self.first(lambda: made.save(self.out))
+    if self.task.note and self.progress and self.rank == 0:
+        print(understood(self.task, self.data), flush=True)
     if coder := getattr(self.data["train"], "coder", None):
         content = coder.to_str().encode()
         self.first(lambda: replace_file(self.out / "tokens.json", content))
@@ -328,6 +335,7 @@ def begin(self: Trainer) -> None:
     self.signal, self.asked = None, 0
     wide = torch.float32 if self.device.type == "mps" else torch.float64
     self.sums = torch.zeros(len(Sums._fields), dtype=wide, device=self.device)
+    self.told = torch.zeros(self.task.goal.sums, dtype=wide, device=self.device)
     if self.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -379,7 +387,7 @@ def cpu_seconds(self: Trainer) -> float:
 @patch
 def save(self: Trainer) -> None:
     "Write a checkpoint; the run can go on from it bit for bit."
-    sums = self.look()
+    sums, told = self.look(), self.told_by_all()
     if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
         raise NotFinite(
             f"the weights are not finite after step {self.done}; try a smaller --lr"
@@ -400,6 +408,7 @@ def save(self: Trainer) -> None:
             epoch=self.epoch,
             step=self.step,
             sums=list(sums),
+            told=told,
             checked=self.checked,
             curve=self.curve,
             cost=self.cost,
@@ -479,9 +488,9 @@ def restore(self: Trainer, folder: Path) -> None:
         self.cpu_before += facts.get("cpu_seconds", 0.0)  # older checkpoints have none
         self.cost = facts.get("cost", self.cost)  # nor have they this
         if self.rank == 0:
-            self.sums += torch.tensor(
-                facts["sums"], dtype=self.sums.dtype, device=self.device
-            )
+            kind = dict(dtype=self.sums.dtype, device=self.device)
+            self.sums += torch.tensor(facts["sums"], **kind)
+            self.told += torch.tensor(facts["told"], **kind)
     except (RuntimeError, ValueError, KeyError) as e:
         raise TrainingError(
             f"{folder} does not fit this program: {str(e).splitlines()[0]}; delete it "
@@ -516,7 +525,7 @@ def gradients(
     weight: int,  # 0 when the share is empty, and `batch` a stand-in
 ) -> tuple[torch.Tensor, torch.Tensor]:  # loss, scaled as by share_loss; hits
     "Gradients of a batch, part by part; the processes meet at the last part."
-    settings = self.recipe.optimizer
+    settings, goal = self.recipe.optimizer, self.task.goal
     parts = settings.accumulate * self.world
     rows = math.ceil(self.sizes[self.epoch] / parts)
     starts, loss, hits = range(0, len(batch.labels), rows), 0, 0
@@ -524,12 +533,12 @@ def gradients(
         part, last = batch.rows(slice(start, start + rows)), start == starts[-1]
         alone = self.accelerator.no_sync(self.net)
         with contextlib.nullcontext() if last else alone:
-            logits = self.net(part.inputs, part.lengths)  # (b, n_classes)
-            of = part.labels, whole, self.world, settings.label_smoothing
-            share = share_loss(logits, *of) * weight
+            outputs = self.net(part.inputs, part.lengths)  # (b, n_classes)
+            of = part.labels, whole, self.world, settings.label_smoothing, goal
+            share = share_loss(outputs, *of) * weight
             self.accelerator.backward(share)
         loss += share.detach().to(self.sums)
-        hits += weight * (logits.argmax(-1) == part.labels).sum()
+        hits += weight * goal.hits(outputs.detach(), part.labels)
     return loss, hits
 
 
@@ -539,7 +548,7 @@ def sized(self: Trainer, batch: Batch) -> Batch:
     "Sequences as this epoch reads them: in fewer steps in coarse epochs."
     data = self.recipe.data
     if self.epoch < data.coarse_epochs:
-        return TASKS[self.recipe.task].coarse[data.coarse](batch)
+        return self.task.coarse[data.coarse](batch)
     return batch
 
 
@@ -575,7 +584,7 @@ def learn(self: Trainer, batch: Batch) -> None:
     self.optimizer.zero_grad()
     if self.average:
         self.average.update_parameters(self.model)
-    asked = weight * (batch.labels >= 0).sum()
+    asked = weight * self.task.goal.asked(batch.labels)
     # mean: loss of this process's share
     norm, mean = norm.detach().to(self.sums), loss.detach()
     loss = loss * whole * batch.labels[:1].numel() / self.world
@@ -641,6 +650,12 @@ def look(self: Trainer) -> Sums:  # over all processes
 
 # %% ../../nbs/18_train.ipynb #ce908b09
 @patch
+def told_by_all(self: Trainer) -> list[float]:  # over all processes
+    "Read what was told of an evaluation so far."
+    return self.accelerator.gather(self.told[None]).sum(0).tolist()
+
+
+@patch
 def pause(self: Trainer) -> None:
     "Save when it is time; save and raise `Stopped` when the run must end."
     self.asked += 1
@@ -691,15 +706,6 @@ def unit_of_work() -> float:  # seconds of one core
     return min(times)
 
 
-# %% ../../nbs/18_train.ipynb #ac1edb9f
-@patch
-def said(self: Trainer, nats: float) -> str:
-    "A loss as the bar shows it: of text in bits per byte, of anything else in nats."
-    text = in_text(nats, self.data["train"])
-    bits = text.get("bits_per_byte")
-    return f"loss {nats:.3f}" if bits is None else f"{bits:.3f} bits/byte"
-
-
 # %% ../../nbs/18_train.ipynb #3c2e2589
 @patch
 def order(self: Trainer, size: int) -> torch.Tensor:  # `(in_epoch,)`
@@ -714,7 +720,7 @@ def order(self: Trainer, size: int) -> torch.Tensor:  # `(in_epoch,)`
 @patch
 def train_epoch(self: Trainer, bar: Any) -> Sums:  # as look
     "The steps of this epoch that are still to do."
-    size, data = self.sizes[self.epoch], self.data["train"]
+    size, data, goal = self.sizes[self.epoch], self.data["train"], self.task.goal
     order = self.order(size)
     self.net.train()
     start = looked = time.perf_counter()
@@ -730,17 +736,17 @@ def train_epoch(self: Trainer, bar: Any) -> Sums:  # as look
             sums = self.look()
             looked = time.perf_counter()
             speed = (self.tokens + sums.tokens) / (self.seconds + looked - start)
-            loss, right = sums.loss / sums.asked, 100 * sums.hits / sums.asked
+            loss, hits = sums.loss / sums.asked, sums.hits / sums.asked
             bar.set_postfix_str(
-                f"epoch {self.epoch + 1}, {self.said(loss)}, accuracy {right:.1f} %, "
+                f"epoch {self.epoch + 1}, {goal.progress(loss, hits, data)}, "
                 f"{speed:,.0f} tokens/s",
                 refresh=False,
             )
             if self.device.type != "cpu" or self.step % 10 == 0:
                 self.log(
                     {
-                        "loss (nats)": loss,
-                        "train accuracy (%)": right,
+                        f"loss ({goal.unit})": loss,
+                        f"train {goal.score}": 100 * hits,
                         "learning rate": self.rate(self.done - 1),
                         "tokens/s": speed,
                     }
@@ -756,8 +762,8 @@ def train_epoch(self: Trainer, bar: Any) -> Sums:  # as look
 # %% ../../nbs/18_train.ipynb #ad86a91c
 @patch
 @torch.no_grad()
-def evaluate(self: Trainer, part: str) -> tuple[float, float]:  # percent, nats
-    "Accuracy and mean loss on one of the splits."
+def evaluate(self: Trainer, part: str) -> dict[str, float]:
+    "The scores of the goal on one of the splits."
     whole = self.world > 1 or self.average
     net = self.answering if whole else self.net
     # the running statistics of BatchNorm are those of the first process, which are
@@ -777,13 +783,14 @@ def evaluate(self: Trainer, part: str) -> tuple[float, float]:  # percent, nats
         with self.accelerator.autocast():
             if len(batch.labels):
                 batch = self.sized(batch)
-                logits = net(batch.inputs, batch.lengths)
-                self.sums[-3:] += torch.stack(told(logits, batch.labels)).to(self.sums)
+                outputs = net(batch.inputs, batch.lengths)
+                told = self.task.goal.told(outputs, batch.labels)
+                self.told += told.to(self.told)
         self.checked += 1
         self.pause()
-    sums = self.look()
-    self.sums[-3:], self.checked = 0, 0
-    return 100 * sums.right / sums.of, sums.nats / sums.of
+    found = self.task.goal.scores(self.told_by_all(), self.data[part])
+    self.told, self.checked = torch.zeros_like(self.told), 0
+    return found
 
 
 # %% ../../nbs/18_train.ipynb #bfdcbb4f
@@ -810,20 +817,20 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
     try:
         with _listening(self), bar:
             while self.epoch < epochs:
-                sums = self.train_epoch(bar)
-                valid, nats = self.evaluate("valid")
+                sums, goal = self.train_epoch(bar), self.task.goal
+                found = self.evaluate("valid")
                 for key, value in dict(
                     loss=sums.loss / sums.asked,
                     train=100 * sums.hits / sums.asked,
-                    valid=valid,
-                    nats=nats,
+                    valid=goal.percent(found),
+                    nats=found[goal.lost],
                     norm=sums.norm,
                     worst=sums.worst,
                 ).items():
                     self.curve[key].append(value)
                 self.cost["seconds"].append(self.cpu_seconds)
                 self.cost["unit"].append(unit_of_work())
-                self.log({"valid accuracy (%)": valid})
+                self.log({f"valid {goal.score}": goal.percent(found)})
                 self.tokens += sums.tokens
                 self.sums = torch.zeros_like(self.sums)
                 self.epoch += 1
@@ -831,7 +838,7 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
                 if self.report:
                     self.first(lambda: self.report(self.progress_so_far()))
             self.save()  # the test may be cut as well
-            record = self.record(*self.evaluate("test"))
+            record = self.record(self.evaluate("test"))
             self.first(lambda: self.write(record))
         if self.signal:
             raise Stopped(
@@ -971,16 +978,19 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
 
 
 @patch
-def record(self: Trainer, test: float, nats: float) -> dict[str, Any]:
-    """What is worth keeping of a finished run: its progress, accuracy (percent) and
-    loss (nats) on the test set, floors and ceiling beside it, and how even its
-    attention became."""
-    known = self.progress_so_far()
-    floors, ceiling = bounds(self.recipe.task, self.data)
+def record(
+    self: Trainer,
+    found: dict[str, float],  # scores on the test set
+) -> dict[str, Any]:
+    """What is worth keeping of a finished run: its progress, its score (percent) and
+    loss on the test set, floors and ceiling beside it, and how even its attention
+    became."""
+    known, goal = self.progress_so_far(), self.task.goal
+    floors, ceiling = bounds(self.task, self.data)
     return known | dict(
-        test=test,
-        nats=nats,
-        **in_text(nats, self.data["test"]),
+        test=goal.percent(found),
+        nats=found[goal.lost],
+        **{name: found[name] for name in goal.extra if name in found},
         finished=known.pop("written"),
         entropy=attention_entropy(self.answering, self.data["valid"]),
         trivial=floors,
@@ -1004,7 +1014,8 @@ def write(self: Trainer, record: dict[str, Any]) -> None:
             self.out / "recipe.json",
             json.dumps(stored(self.recipe), indent=1).encode(),
         )
-        replace_file(self.out / "curves.png", _draw_curves(record))
+        curves = _draw_curves(record, self.task.goal)
+        replace_file(self.out / "curves.png", curves)
         replace_file(self.out / "results.json", json.dumps(record, indent=1).encode())
         for p in checkpoints(self.out):
             shutil.rmtree(p)
@@ -1016,21 +1027,22 @@ def write(self: Trainer, record: dict[str, Any]) -> None:
 
 
 # %% ../../nbs/18_train.ipynb #38348cd2
-def _draw_curves(record: dict[str, Any]) -> bytes:  # a PNG
-    "Loss and accuracy by epoch."
+def _draw_curves(record: dict[str, Any], goal: Goal) -> bytes:  # a PNG
+    "Loss and score by epoch."
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(9, 3.2), layout="constrained", facecolor="white")
     left, right = fig.subplots(1, 2)
     epochs = range(1, len(record["curve"]["loss"]) + 1)
     left.plot(epochs, record["curve"]["loss"], ".-")
-    left.set(xlabel="epoch", ylabel="training loss (nats)", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel=f"training loss ({goal.unit})")
+    left.set_ylim(0, None)
     for part, style in ("train", ".:"), ("valid", ".-"):
         right.plot(epochs, record["curve"][part], style, label=part)
     right.axhline(
         record["test"], color="C2", ls="--", label=f"test {record['test']:.1f} %"
     )
-    right.set(xlabel="epoch", ylabel="accuracy (%)", title=record["name"])
+    right.set(xlabel="epoch", ylabel=goal.score, title=record["name"])
     right.legend()
     for ax in (left, right):
         ax.grid(alpha=0.3)
@@ -1042,7 +1054,7 @@ def _draw_curves(record: dict[str, Any]) -> bytes:  # a PNG
 
 # %% ../../nbs/18_train.ipynb #01ba4ade
 def train(
-    task: str,  # a key of TASKS
+    task: str | Task,  # a key of TASKS, or a task, which then is called "own"
     out: str | Path | None = None,  # folder of the run; by default `runs/` and its name
     resume: bool = False,  # go on with the run in `out`, if there is one
     name: str | None = None,  # of the record; None = that of run_name
@@ -1053,6 +1065,9 @@ def train(
 
     Raises `ValueError` for a wrong option, `TrainingError` or `DataError` when the run
     cannot start or go on, and `Stopped` when it is cut."""
+    if isinstance(task, Task):
+        register_task("own", task)
+        task = "own"
     recipe = preset(task, **changes)
     out = at_home(out or Path("runs") / run_name(recipe))
     if known := _stored_recipe(out):
@@ -1114,13 +1129,15 @@ def _results_of(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _check_same(path: Path, model: LaSTransformer, recipe: Recipe) -> None:
+def _check_same(
+    path: Path, model: LaSTransformer, recipe: Recipe, task: Task | None
+) -> None:
     "Raise `ValueError` where the files of a run disagree about its model."
     # older runs have no checksum
     if _results_of(path).get("weights", _checksum_of(path)) != _checksum_of(path):
         raise ValueError("model.safetensors is not what results.json was written for")
     with torch.device("meta"):
-        said = build(recipe).config
+        said = build(recipe, task).config
     for name, value in model.config.items():
         if said.get(name, value) != value:
             raise ValueError(
@@ -1136,11 +1153,12 @@ def load_run(
     it is damaged."""
     path = at_home(path)
     try:
+        task = stored_task(path)
         if (path / "config.json").exists() and (path / "recipe.json").exists():
             recipe = read_recipe(read_json(path / "recipe.json"))
             check_mixer(recipe.mixer.name, ("plain", *MIXERS))
             model = LaSTransformer.from_pretrained(path)
-            _check_same(path, model, recipe)
+            _check_same(path, model, recipe, task)
             return model, recipe
         folder = (
             path
@@ -1154,7 +1172,7 @@ def load_run(
             )
         tensors, facts = load_checkpoint(folder)
         recipe = read_recipe(facts["recipe"])
-        model = build(recipe)
+        model = build(recipe, task)
         mean = recipe.optimizer.ema > 0
         start = "average.module." if mean else "model."
         model.load_state_dict(_part_of(tensors, start))
@@ -1168,27 +1186,65 @@ def load_run(
 
 
 # %% ../../nbs/18_train.ipynb #6e146422
+def _labelled(
+    path: Path,
+    recipe: Recipe,
+    split: str,
+    root: str | Path | None,
+    new: str | Path | None,
+) -> tuple[Task, Any]:
+    "The task of a run, and what it is to be scored on: a split, or a file of its own."
+    task = stored_task(path)
+    if task is None or task.preparation is None:
+        if new:
+            raise ValueError(f"{path} is a model of {recipe.task}: leave data out")
+        task = task_of(recipe)
+        return task, load_data(recipe, root)[split]
+    made = task.preparation
+    if new:
+        return task, prepared(made, read_raw(new, Table(**made.columns)))
+    if recipe.task not in TASKS:
+        raise TrainingError(
+            f"{path} was trained on data that came from Python: name a labelled file "
+            "with --data"
+        )
+    now = task_of(recipe)
+    if now.preparation != made:
+        raise TrainingError(
+            f"{recipe.data.path or recipe.task} is not what {path} was trained on: "
+            "bring it back, or name a labelled file with --data"
+        )
+    return task, load_data(recipe, root, task=now)[split]
+
+
+# %% ../../nbs/18_train.ipynb #ef6e5bd2
+def goal_of(
+    path: str | Path,  # a run's folder, or one of its checkpoints
+) -> Goal:
+    "What the model of a run was asked."
+    path = at_home(path)
+    return (stored_task(path) or task_of(load_run(path)[1])).goal
+
+
 @torch.no_grad()
 def score(
     path: str | Path,  # a run's folder, or one of its checkpoints
     split: str = "test",  # "train", "valid" or "test"
     root: str | Path | None = None,  # where data files lie; see data_root
     cpu: bool = False,  # leave the GPU alone
-    # accuracy in percent, n: sequences, nats: mean loss; of text also as in_text
+    new: str | Path | None = None,  # a labelled file, in place of the recipe's data
+    # n: sequences; of classes accuracy in percent, nats: mean loss; others as the goal
+    # says
 ) -> dict[str, float]:
-    "Accuracy of a stored model, on the data that its recipe names, in full precision."
+    "Scores of a stored model, on the data that its recipe names, in full precision."
     check_choice("split", split, ("train", "valid", "test"))
     model, recipe = load_run(path)
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
-    data = load_data(recipe, root, device)[split]
+    task, data = _labelled(at_home(path), recipe, split, root, new)
+    data = data.to(device)
     now, then = getattr(data, "source", ""), _results_of(at_home(path)).get("data")
     if then and now and now != then:
         warnings.warn(f"trained and tested on {then}; this is {now}", stacklevel=2)
-    model = model.to(device)
-    size = recipe.optimizer.at_once
-    sums = torch.zeros(3, dtype=torch.float64)
-    for b in batches(data, size, reading_order(data, size)):
-        sums += torch.stack(told(model(b.inputs, b.lengths), b.labels)).to(sums)
-    right, nats, of = sums.tolist()
-    found = dict(accuracy=100 * right / of, n=len(data.labels), nats=nats / of)
-    return found | in_text(nats / of, data)
+    model, size = model.to(device), recipe.optimizer.at_once
+    found = measure(task.goal, data, lambda b: model(b.inputs, b.lengths), size)
+    return found | dict(n=len(data.labels))

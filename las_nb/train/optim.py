@@ -8,7 +8,6 @@ __all__ = [
     "plateau_drops",
     "parameter_groups",
     "share_loss",
-    "told",
     "moving_average",
     "batch_size",
     "best_precision",
@@ -16,9 +15,10 @@ __all__ = [
 
 # %% ../../nbs/optim.ipynb #9449fdba
 import math, os
-import torch, torch.nn.functional as F
+import torch
 from typing import Any, Callable
 from ..settings import Optimizer
+from ..tasks.goals import Classes, Goal
 
 
 # %% ../../nbs/optim.ipynb #f3cf9671
@@ -79,29 +79,16 @@ def parameter_groups(
 
 # %% ../../nbs/optim.ipynb #b15ee689
 def share_loss(
-    # `(b, n_classes)`, or `(b, L, n_classes)`: an answer at every position
-    logits: torch.Tensor,
-    labels: torch.Tensor,  # `(b,)` or `(b, L)`; -100: nothing is asked here
+    outputs: torch.Tensor,  # of the model, such as logits `(b, n_classes)`
+    labels: torch.Tensor,  # `(b,)`, or `(b, k)`: several answers per sequence
     whole: int,  # sequences in the batch, over all processes
     world: int = 1,  # processes; gradients are averaged over them
     smoothing: float = 0.0,  # share of every label that all classes get alike
+    goal: Goal | None = None,  # of the task; None: Classes
 ) -> torch.Tensor:  # the mean over processes is the mean over the batch
-    "Cross-entropy (nats) of one process's share of a batch."
-    options = dict(reduction="sum", label_smoothing=smoothing)
-    rows, of_each = logits.flatten(0, -2).float(), labels[:1].numel()
-    total = F.cross_entropy(rows, labels.flatten().long(), **options)
-    return total * (world / (whole * max(1, of_each)))
-
-
-# %% ../../nbs/optim.ipynb #c436a00a
-def told(
-    logits: torch.Tensor,  # `(b, n_classes)` or `(b, L, n_classes)`
-    labels: torch.Tensor,  # `(b,)` or `(b, L)`; -100: nothing is asked here
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Right answers, the loss of all answers (nats), and how many were asked for."
-    rows, wanted = logits.flatten(0, -2).float(), labels.flatten().long()
-    loss = F.cross_entropy(rows, wanted, reduction="sum")
-    return (rows.argmax(-1) == wanted).sum(), loss, (wanted >= 0).sum()
+    "The loss of one process's share of a batch."
+    total = (goal or Classes()).loss(outputs, labels, smoothing)
+    return total * (world / (whole * max(1, labels[:1].numel())))
 
 
 # %% ../../nbs/optim.ipynb #0b71a002

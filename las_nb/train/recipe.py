@@ -14,59 +14,72 @@ __all__ = [
     "command_line",
     "read_command",
     "identity",
+    "task_of",
+    "stored_task",
     "build",
     "load_data",
 ]
 
 # %% ../../nbs/recipe.ipynb #601afc73
-import hashlib, inspect, json
+import hashlib, inspect, json, shlex
 import torch
 from pathlib import Path
 from typing import Any, Callable
 from .._util import check_choice, nearest
 from ..mixers import MIXERS, check_mixer, mixer_options
 from ..model import LaSTransformer
-from ..settings import Recipe, flat, nested, one_value, read_options
+from ..settings import Recipe, Table, flat, nested, one_value, read_options
 from ..settings import short_names, stored
 from ..smoothing import Window, window_weights
-from ..tasks import Batch, Sequences, TASKS, load_task
+from ..tasks import Batch, Sequences, TASKS, Task, load_task, stored_preparation
+from ..tasks import task_named
+from ..tasks.tables import file_facts
 
 
 # %% ../../nbs/recipe.ipynb #1153d45a
-def check(recipe: Recipe) -> None:
+def check(
+    recipe: Recipe,
+    task: Task | None = None,  # what the recipe's task names; None: see TASKS
+) -> None:
     """Raise `ValueError` for names that nobody knows, and for what the task or the
     layer cannot do."""
-    check_choice("task", recipe.task, tuple(TASKS))
+    task, data = task or task_named(recipe.task), recipe.data
     check_mixer(recipe.mixer.name, ("plain", *MIXERS))
-    if recipe.data.length is not None and not TASKS[recipe.task].any_length:
+    if data.length is not None and not task.any_length:
         raise ValueError(
             f"{recipe.task} has sequences of its own length: leave length out"
         )
-    data, task = recipe.data, TASKS[recipe.task]
-    if (data.path or data.tokens) and not task.any_text:
+    if data.tokens and not task.any_text:
+        raise ValueError(f"{recipe.task} has no tokens to learn: leave tokens out")
+    if data.path and not (task.any_text or task.any_data):
+        raise ValueError(f"{recipe.task} has data of its own: leave data out")
+    named = [name for name, value in vars(recipe.table).items() if value]
+    if named and not task.any_data:
         raise ValueError(
-            f"{recipe.task} has data of its own: leave data and tokens out"
+            f"{recipe.task} has data of its own: leave {' and '.join(named)} out, or "
+            "train the task table"
         )
     if (recipe.model.readout == "every") != task.any_text:
         way = "is for readout" if task.any_text else "is not for readout"
         raise ValueError(f"{recipe.task} {way} every")
-    ways = TASKS[recipe.task].coarse
-    if recipe.data.coarse_epochs and not ways:
+    ways = task.coarse
+    if data.coarse_epochs and not ways:
         raise ValueError(
             f"{recipe.task} has no form at half resolution: leave coarse_epochs out"
         )
-    if recipe.data.coarse_epochs:
-        check_choice("coarse", recipe.data.coarse, tuple(ways))
-    augments(recipe)
+    if data.coarse_epochs:
+        check_choice("coarse", data.coarse, tuple(ways))
+    augments(recipe, task)
     _mixer_arguments(recipe)
 
 
 # %% ../../nbs/recipe.ipynb #9f18afdf
 def augments(
     recipe: Recipe,
+    task: Task | None = None,  # what the recipe's task names; None: see TASKS
 ) -> list[Callable[..., Batch]]:  # of a batch and a generator
     "What changes training sequences; raises `ValueError` for unknown names."
-    known = TASKS[recipe.task].augments
+    known = (task or task_named(recipe.task)).augments
     names = recipe.data.augment.split("+") if recipe.data.augment else []
     for name in names:
         if not known:
@@ -182,7 +195,10 @@ def run_name(recipe: Recipe) -> str:
     "A short name for a run."
     which = [] if recipe.preset == "fast" else [recipe.preset]
     positions = recipe.model.positions or "none"
-    parts = [recipe.task, *which, recipe.mixer.name, positions, recipe.seed]
+    named = recipe.task
+    if TASKS[recipe.task].any_data and recipe.data.path:
+        named = Path(recipe.data.path).stem
+    parts = [named, *which, recipe.mixer.name, positions, recipe.seed]
     return "-".join(map(str, parts))
 
 
@@ -207,7 +223,9 @@ def command_line(recipe: Recipe) -> str:
         words.append(f"--model {recipe.mixer.name}")
     for name, value in flat(recipe).items():
         if value != usual[name]:
-            words.append(f"--{name} {as_text(value)}")
+            text = as_text(value)
+            spaced = isinstance(value, str) and shlex.quote(text) != text
+            words.append(f"--{name} {shlex.quote(text) if spaced else text}")
     return " ".join(words)
 
 
@@ -227,7 +245,8 @@ def read_command(
         elif name == "window" and not value.isdigit():
             settings[name] = tuple(map(float, value.split()))
         elif name != "import":
-            settings[name] = one_value(value)
+            quoted = value[:1] in ("'", '"')
+            settings[name] = shlex.split(value)[0] if quoted else one_value(value)
     return preset(task, **settings)
 
 
@@ -252,6 +271,8 @@ def identity(
     "What runs of the same settings, and only they, have in common."
     said = stored(recipe)
     # later settings: runs that do not use them stay what they were
+    if recipe.table == Table():
+        del said["table"]
     for group, names in _LATER.items():
         usual = vars(type(getattr(recipe, group))())
         for name in names:
@@ -261,12 +282,38 @@ def identity(
 
 
 # %% ../../nbs/recipe.ipynb #66ff298e
-def build(recipe: Recipe) -> LaSTransformer:  # on the CPU
+def task_of(
+    recipe: Recipe,
+) -> Task:
+    """The task of a recipe; of a file of one's own, what is in it.
+
+    Raises `ValueError` for an unknown name, and `DataError` for a file that cannot be
+    read."""
+    task, data = task_named(recipe.task), recipe.data
+    if not (task.any_data and data.path):
+        return task
+    return task._replace(**file_facts(data.path, recipe.table, data.length))
+
+
+def stored_task(
+    folder: Path,  # of a run, or one of its checkpoints
+) -> Task | None:
+    "The task of data of one's own, as it is stored beside a model; None for others."
+    made = stored_preparation(folder)
+    if made is None:
+        return None
+    return TASKS["table"]._replace(**made.facts())
+
+
+def build(
+    recipe: Recipe,
+    task: Task | None = None,  # as from task_of
+) -> LaSTransformer:  # on the CPU
     """The untrained model of a recipe; the same seed gives the same weights.
 
     Raises `ValueError` for what task or layer cannot do."""
-    check(recipe)
-    task = TASKS[recipe.task]
+    task = task or task_of(recipe)
+    check(recipe, task)
     torch.manual_seed(recipe.seed)
     return LaSTransformer(
         recipe.data.tokens or task.n_classes,
@@ -286,9 +333,12 @@ def load_data(
     recipe: Recipe,
     root: str | Path | None = None,  # where data files lie; see data_root
     device: str | torch.device = "cpu",
+    task: Task | None = None,  # as from task_of
 ) -> dict[str, Batch | Sequences]:  # "train", "valid", "test"
     "The splits that a recipe names; raises as `load_task` does."
-    data = recipe.data
+    data, task = recipe.data, task or task_of(recipe)
+    if task.preparation:
+        return load_task(task, root, device, data.limit, data.sample)
     where = recipe.task, root, device
     own = dict(length=data.length, path=data.path, tokens=data.tokens)
     return load_task(*where, data.limit, data.sample, **own)
