@@ -138,6 +138,6 @@ def convert_main(asked: Convert) -> None:
     replace_file(out / "convert.json", json.dumps(record, indent=1).encode())
     print(
         f"{found['before']:.3f} bits per byte before, {found['exchanged']:.3f} with "
-        f"LaS, {found['after']:.3f} after {asked.steps} steps ({found['unchanged']:.3f} with "
-        f"the attention it had); kept in {out}"
+        f"LaS, {found['after']:.3f} after {asked.steps} steps "
+        f"({found['unchanged']:.3f} with the attention it had); kept in {out}"
     )

@@ -121,6 +121,15 @@ def test_own_text_is_trained_on_and_tested(book, tmp_path):
     assert model.readout == "every" and recipe.data.path == str(book)
 
 
+def test_a_run_keeps_what_its_model_writes(book, tmp_path):
+    small = dict(dim=16, depth=1, n_heads=2, epochs=3, length=32, limit=8, lr=1e-2)
+    whole = train("language", tmp_path / "a", data=str(book), **small)
+    assert len(whole["samples"]) == 3 == len(whole["curve"]["loss"])
+    assert all(isinstance(text, str) for text in whole["samples"])
+    again = train("language", tmp_path / "b", data=str(book), **small)
+    assert again["samples"] == whole["samples"]
+
+
 def test_pieces_of_words_make_the_same_text(book):
     texts = own_text(book)
     coder = learn_tokens(texts["train"], 300)

@@ -48,6 +48,7 @@ class Record(TypedDict, total=False):
         str, list[float]
     ]  # by epoch: loss (nats), train, valid (%), norm, worst
     cost: dict[str, list[float]]  # by epoch: seconds of one core so far, unit of work
+    samples: list[str]  # by epoch, what a language model writes
     test: float  # accuracy in percent; an unfinished run has none
     valid: float  # the same, on held-out sequences, after the last epoch
     trivial: dict[str, float]  # percent that readers get who do not read

@@ -42,6 +42,7 @@ from .optim import share_loss
 from .recipe import augments, build, command_line, identity
 from .recipe import check, load_data, preset, stored_task, task_of
 from .recipe import run_name
+from ..writing import Letters, generate
 
 
 # %% ../../nbs/18_train.ipynb #044575d8
@@ -67,6 +68,7 @@ class _RunState:
     curve: dict[str, list[float]]  # by epoch: loss, train, valid, nats, norm, worst
     # by epoch: seconds (of one core, so far), unit (of work, see unit_of_work)
     cost: dict[str, list[float]]
+    samples: list[str]  # by epoch, what a language model writes
     sums: torch.Tensor  # of this epoch so far: the numbers of Sums
     told: torch.Tensor  # of an evaluation under way: what the goal tells
     seconds: float  # of training
@@ -330,7 +332,7 @@ def begin(self: Trainer) -> None:
     self.seconds, self.cpu_before = 0.0, -time.process_time()
     self.tokens, self.peak = 0, 0
     self.curve = dict(loss=[], train=[], valid=[], nats=[], norm=[], worst=[])
-    self.cost = dict(seconds=[], unit=[])
+    self.cost, self.samples = dict(seconds=[], unit=[]), []
     self.commits, self.devices, self.precisions = [], [], []
     self.signal, self.asked = None, 0
     wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -412,6 +414,7 @@ def save(self: Trainer) -> None:
             checked=self.checked,
             curve=self.curve,
             cost=self.cost,
+            samples=self.samples,
             seconds=self.seconds,
             cpu_seconds=self.cpu_seconds,
             tokens=self.tokens,
@@ -486,7 +489,8 @@ def restore(self: Trainer, folder: Path) -> None:
         ):
             setattr(self, name, facts[name])
         self.cpu_before += facts.get("cpu_seconds", 0.0)  # older checkpoints have none
-        self.cost = facts.get("cost", self.cost)  # nor have they this
+        self.cost = facts.get("cost", self.cost)  # nor have they these
+        self.samples = facts.get("samples", [])
         if self.rank == 0:
             kind = dict(dtype=self.sums.dtype, device=self.device)
             self.sums += torch.tensor(facts["sums"], **kind)
@@ -793,6 +797,16 @@ def evaluate(self: Trainer, part: str) -> dict[str, float]:
     return found
 
 
+# %% ../../nbs/18_train.ipynb #6b48b4f1
+@patch
+def sample(self: Trainer, tokens: int = 120) -> str:
+    "A text that the model begins and writes, always by the same draws."
+    model, coder = self.answering, getattr(self.data["train"], "coder", None)
+    letters = Letters(coder)
+    written = generate(model.eval(), [0], tokens, temperature=0.7, end=0)
+    return "".join(letters(token) for token in written)
+
+
 # %% ../../nbs/18_train.ipynb #bfdcbb4f
 @patch
 def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
@@ -831,6 +845,8 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
                 self.cost["seconds"].append(self.cpu_seconds)
                 self.cost["unit"].append(unit_of_work())
                 self.log({f"valid {goal.score}": goal.percent(found)})
+                if self.recipe.model.readout == "every":
+                    self.samples.append(self.sample())
                 self.tokens += sums.tokens
                 self.sums = torch.zeros_like(self.sums)
                 self.epoch += 1
@@ -974,6 +990,7 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
         share=r.data.share,
         length=r.data.length,
         data=getattr(self.data["test"], "source", ""),
+        **(dict(samples=self.samples) if self.samples else {}),
     )
 
 
