@@ -56,6 +56,9 @@ class Goal:
         "The score that runs are compared by; the more the better."
         return scores[self.main]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
 
 # %% ../../nbs/goals.ipynb #2f8829cd
 class Classes(Goal):
