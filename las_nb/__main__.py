@@ -20,6 +20,7 @@ import torch
 from importlib import metadata
 from .fast import las_attention
 from .fast.api import gpu_kernels
+from .fast.bands import largest_error
 from .las import las_dense
 from .locality import exact_rates
 
@@ -81,14 +82,13 @@ def health(
         torch.randn(1, 4, 300, 16, generator=g).to(device).requires_grad_()
         for _ in range(4)
     )
-    rates, worst = exact_rates(4, 0.5), 0.0
+    rates, got = exact_rates(4, 0.5), []
     want = las_dense(q, k, v, torch.tensor(rates, device=device))
     want = [want, *torch.autograd.grad(want, (q, k, v), up)]
     for method in ("auto", "linear"):
         o = las_attention(q, k, v, rates, method=method)
-        for got, true in zip([o, *torch.autograd.grad(o, (q, k, v), up)], want):
-            worst = max(worst, ((got - true).abs().max() / true.abs().max()).item())
-    return worst
+        got += [o, *torch.autograd.grad(o, (q, k, v), up)]
+    return largest_error(got, [*want, *want])
 
 
 # %% ../nbs/health.ipynb #9fb2087b

@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 # %% ../nbs/21_adapt.ipynb #3d9df12c
-import functools, inspect, re, warnings, weakref
+import functools, inspect, re, sys, warnings, weakref
 import torch, torch.nn.functional as F
 from typing import Any, Callable, Sequence
 from ._util import check_choice
@@ -249,18 +249,38 @@ def _real_tokens(
 
 
 # %% ../nbs/21_adapt.ipynb #5a1f0c12
+def _claims_table(model: type) -> bool:
+    "Does a model say that its layers look their attention up in the table?"
+    ways = ("sdpa", "flash_attn", "flex_attn", "attention_backend")
+    return any(getattr(model, f"_supports_{w}", False) for w in ways)
+
+
 @functools.cache
 def _has_table(config: type) -> bool:
     "Do models of this configuration look their attention up in the table?"
     from transformers import MODEL_MAPPING
 
     model = MODEL_MAPPING.get(config, None)
-    ways = ("sdpa", "flash_attn", "flex_attn", "attention_backend")
-    return model is None or any(getattr(model, f"_supports_{w}", False) for w in ways)
+    return model is None or _claims_table(model)
+
+
+@functools.cache
+def _asks_table(model: type) -> bool:
+    "Does any layer of a model of transformers look its attention up in the table?"
+    if not model.__module__.startswith("transformers."):
+        return True
+    try:
+        source = inspect.getsource(sys.modules[model.__module__])
+    except OSError:  # installed without it
+        return True
+    own = re.search(r"^class \w*Attention\w*\(nn\.Module", source, re.MULTILINE)
+    return "ALL_ATTENTION_FUNCTIONS" in source or _claims_table(model) and not own
 
 
 # id of a configuration -> itself (weakly), and: did it ask for a causal mask last?
 _ASKED: dict[int, tuple[Any, bool]] = {}
+# who sees whom is told by the dtype of a mask: attributes do not outlive a copy
+_TO_PAST, _TO_ALL = torch.int16, torch.int8
 
 
 # %% ../nbs/21_adapt.ipynb #c0de2177
@@ -316,12 +336,13 @@ def _padding_mask(
     end = q_offset + q_length if causal else kv_length
     # all that can be known without reading values
     if compiling and not isinstance(end, torch.Tensor) and end == kv_length:
-        return attention_mask
+        return None if attention_mask is None else attention_mask.bool()
     real = _real_tokens(attention_mask, batch_size, end, kv_length, device)
     if real is None and differs:
         real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     if real is not None and not compiling:
-        real.las_causal = causal  # layers may take it otherwise, see _is_causal
+        # layers may take it otherwise, see _is_causal
+        real = real.to(_TO_PAST if causal else _TO_ALL)
     return real
 
 
@@ -453,6 +474,27 @@ def _keep_in_config() -> None:
     PreTrainedConfig.to_dict = to_dict
 
 
+def _refuse_own_ways() -> None:
+    """Let models of transformers refuse LaS where no layer would use it: they stay as
+    they are otherwise, without a word."""
+    from transformers import PreTrainedModel
+
+    known = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(known, "__wrapped__"):
+        return
+
+    @functools.wraps(known)
+    def correct(self, requested_attention: str | None, *args: Any, **kwargs: Any):
+        if requested_attention in _OURS and not _asks_table(type(self)):
+            raise ValueError(
+                f"{type(self).__name__} attends in its own way, or not at all, and "
+                "would stay without LaS; use another attention"
+            )
+        return known(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = correct
+
+
 def _warn_if_other(module: torch.nn.Module, name: str) -> None:
     "Warn where a model was saved with other settings than those of `name`."
     config = getattr(module, "config", None)
@@ -567,8 +609,10 @@ def _attention_of(
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         _warn_if_other(module, name)
-        causal = getattr(attention_mask, "las_causal", None)
-        causal = _is_causal(module, is_causal) if causal is None else causal
+        causal = _is_causal(module, is_causal)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            told = {_TO_PAST: True, _TO_ALL: False}
+            causal = told.get(attention_mask.dtype, causal)
         mask, packed, ends = attention_mask, None, _take_ends(kwargs)
         if mask is not None and mask.ndim == 4:
             found = _documents_of(mask, len(query), causal)
@@ -654,3 +698,4 @@ def register_las(
     AttentionInterface.register(name, las)
     AttentionMaskInterface.register(name, _padding_mask)
     _keep_in_config()
+    _refuse_own_ways()

@@ -247,6 +247,42 @@ def test_a_wrong_kernel_is_found_out(monkeypatch, untried):
         assert_near(with_gradients(call, a, up), want, 1e-4)
 
 
+@pytest.mark.parametrize("part", range(5))  # output, its log-sum, three gradients
+def test_what_is_no_number_is_found_out(part, monkeypatch, untried):
+    ways = bands.flash, bands.flash_backward
+
+    def spoilt(kind, found, first):
+        mine = kind == "efficient" and first <= part < first + len(found)
+        if mine:
+            found[part - first].view(-1)[3] = torch.nan
+        return found
+
+    def forward(q, k, v, scale, kind):
+        o, lse, rest = ways[0](q, k, v, scale, None)
+        return *spoilt(kind, [o, lse], 0), rest
+
+    monkeypatch.setattr(bands, "flash", forward)
+    back = lambda *a: spoilt(a[-1], list(ways[1](*a[:-1], None)), 2)
+    monkeypatch.setattr(bands, "flash_backward", back)
+    monkeypatch.setattr(bands, "made_for", lambda x: "efficient")
+    with pytest.warns(UserWarning, match="efficient kernel is not used .*off by nan"):
+        assert bands.kernel_for(torch.zeros(1, 2, 40, 16)) is None
+
+
+def test_the_health_check_sees_what_is_no_number(monkeypatch):
+    main = importlib.import_module("las_nb.__main__")
+    real = main.las_attention
+
+    def spoilt(q, k, v, *how, **more):
+        v = v.clone()
+        v.register_hook(lambda g: g * torch.nan)
+        return real(q, k, v, *how, **more)
+
+    monkeypatch.setattr(main, "las_attention", spoilt)
+    well, words = main.report("cpu")
+    assert not well and "DISAGREES" in words
+
+
 def test_a_kernel_that_fails_is_found_out(untried):
     def fails():
         raise RuntimeError("out of resource\nand more")

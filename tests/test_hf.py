@@ -4,7 +4,7 @@ and wishes, dtypes of mixed precision. LaS does it or says no."""
 import pytest, torch, torch.nn.functional as F
 from las_nb import las_attention
 from las_nb.cache import las_cache
-from las_nb.adapt import masked_las_attention, register_las
+from las_nb.adapt import is_las, masked_las_attention, register_las
 from las_nb.las import POOLS, las_dense
 from las_nb.locality import decay_rates
 from tiny_hf import TINY
@@ -260,6 +260,38 @@ def test_attention_outside_the_table_is_refused():
     refused(git, "GitConfig attend in their own way", input_ids=noise())
 
 
+OWN_WAYS = (
+    "Deberta DebertaV2 Flaubert GPTNeo Longformer Mamba OpenAIGPT Rwkv XLM".split()
+)
+
+
+@pytest.mark.parametrize("kind", OWN_WAYS)
+def test_models_that_would_stay_without_are_refused(kind):
+    config = getattr(tf, f"{kind}Config")()
+    model = getattr(tf, f"{kind}Model")
+    with (
+        pytest.raises(ValueError, match="attends in its own way"),
+        torch.device("meta"),
+    ):
+        model._from_config(config, attn_implementation="hf-off")
+
+
+def test_what_is_set_later_is_refused_or_told(caplog):
+    from transformers.utils import logging
+
+    few = dict(num_hidden_layers=1)
+    mamba = tf.MambaModel(tf.MambaConfig(hidden_size=16, vocab_size=VOCAB, **few))
+    with pytest.raises(ValueError, match="MambaModel attends in its own way"):
+        mamba.set_attn_implementation("hf-off")
+    sizes = dict(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB)
+    gpt = tf.OpenAIGPTModel(tf.OpenAIGPTConfig(**sizes))
+    logging.enable_propagation()
+    gpt.set_attn_implementation("hf-off")
+    logging.disable_propagation()
+    assert "does not support setting its attention" in caplog.text
+    assert not is_las(gpt.config)
+
+
 def test_a_causal_model_may_be_told_to_look_ahead():
     model = build(tie_word_embeddings=False)
     for seen in ({}, dict(attention_mask=padding("left"))):
@@ -420,12 +452,21 @@ def test_what_is_registered_stays(tmp_path):
     assert all(torch.equal(f, found[0]) for f in found)
 
 
+def copied(layer, args, wishes):
+    "As where layers stand on several devices: a mask without its attributes."
+    mask = wishes["attention_mask"]
+    return args, wishes | dict(attention_mask=None if mask is None else mask.clone())
+
+
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_mask_says_who_sees_whom(side):
+def test_the_mask_says_who_sees_whom(side, copies):
     "Some layers call themselves bidirectional and are given a causal mask."
     model = build()
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
+        if copies:
+            layer.register_forward_pre_hook(copied, with_kwargs=True)
     found, mask = [], padding(side)
     for name in ("eager", "hf-off"):
         model.set_attn_implementation(name)

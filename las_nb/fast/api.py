@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing import Any, Sequence
 from .._util import check_choice
 from ..attention import check_qkv, no_autocast, one_dtype
-from .bands import kernel_for, level, made_for, one_sided, row_factors
-from .bands import sum_rows, trusted, two_sided
+from .bands import kernel_for, largest_error, level, made_for, one_sided
+from .bands import row_factors, sum_rows, trusted, two_sided
 from .flex import flex_attend
 from .heads import causal_heads
 from .plan import Group, METHODS, TOL, is_small, keeps_bound
@@ -432,7 +432,7 @@ def _fused_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
         o = las_attention(*mine, speeds, method=method, tol=1e-3)
         grads = torch.autograd.grad(o, mine, up.to(*kind))
         found.append([t.double() for t in (o, *grads)])
-    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(*found))
+    return largest_error(*found)
 
 
 # %% ../../nbs/function.ipynb #c0ffee61

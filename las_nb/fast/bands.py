@@ -22,6 +22,7 @@ __all__ = [
     "flash",
     "flash_backward",
     "trusted",
+    "largest_error",
     "kernel_for",
     "far_error",
     "far_delta",
@@ -405,6 +406,16 @@ def trusted(
     return _TRUSTED[key]
 
 
+def largest_error(
+    got: Sequence[torch.Tensor],  # of any shapes
+    want: Sequence[torch.Tensor],  # of the same shapes
+) -> float:
+    """Largest difference, relative to the largest entry of each; NaN where anything is,
+    which Python's `max` would pass over."""
+    errors = [(x - y).abs().max() / y.abs().max() for x, y in zip(got, want)]
+    return torch.stack(errors).max().item()
+
+
 def _kernel_error(kind: str, device: torch.device, dtype: torch.dtype) -> float:
     "How far one of torch's kernels is from plain products, forward and backward."
     g = torch.Generator().manual_seed(0)
@@ -416,7 +427,7 @@ def _kernel_error(kind: str, device: torch.device, dtype: torch.dtype) -> float:
         o, lse, rest = flash(q, k, v, 0.25, kernel)
         grads = flash_backward(up, q, k, v, o, lse, rest, 0.25, kernel)
         found.append([t.double() for t in (o, lse, *grads)])
-    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(*found))
+    return largest_error(*found)
 
 
 def kernel_for(x: torch.Tensor) -> str | None:
