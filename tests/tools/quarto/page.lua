@@ -2,7 +2,7 @@
 -- code that a cell hides left out, code that it folds folded.
 
 local function option(text, name)
-  return text:match("#| *" .. name .. ": *([^\n]*)")
+  return text:match("#| *" .. (name:gsub("-", "%%-")) .. ": *([^\n]*)")
 end
 
 local function code(block)
@@ -27,7 +27,8 @@ local function code(block)
 end
 
 local function words(option)
-  return option and pandoc.utils.blocks_to_inlines(pandoc.read(option:gsub('^"(.*)"$', "%1")).blocks)
+  local text = option and option:gsub('^"(.*)"$', "%1")
+  return text and pandoc.utils.blocks_to_inlines(pandoc.read(text).blocks)
 end
 
 -- What a figure shows, for who does not see it, and its caption.
