@@ -4,7 +4,11 @@ the docs checks look at."""
 import functools, json, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
+import yaml
 from pages import NBS, ROOT
+
+# Quarto's layout and themes, in short
+QUARTO = Path(__file__).parent / "quarto"
 
 PROCESS = """
 import nbdev.doclinks
@@ -50,7 +54,7 @@ def html_name(path):
 
 def normalise(nb):
     """What pandoc needs and nbdev leaves out; Markdown that a cell prints becomes a
-    Markdown cell, and so do its pictures, with their words."""
+    Markdown cell."""
     cells = []
     for cell in nb["cells"]:
         cell.setdefault("metadata", {})
@@ -76,16 +80,6 @@ def normalise(nb):
                 o.get("execution_count"), int
             ):
                 o["execution_count"] = 1
-            if png := o.get("data", {}).pop("image/png", None):
-                alt = re.search(r"^#\| *fig-alt: *(.*)$", "".join(cell["source"]), re.M)
-                cells.append(
-                    dict(
-                        cell_type="markdown",
-                        metadata={},
-                        attachments={"drawn.png": {"image/png": png}},
-                        source=f"![{alt.group(1).strip(chr(34)) if alt else ''}](attachment:drawn.png)",
-                    )
-                )
             if asis:
                 cells.append(
                     dict(
@@ -99,36 +93,31 @@ def normalise(nb):
     return dict(nb, cells=cells, nbformat=4, nbformat_minor=5)
 
 
-def convert(source, kind, proc, out):
+def front(nb):
+    "The title and the description that nbdev gives a page."
+    raw = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "raw"]
+    return {k: v for r in raw for k, v in yaml.safe_load(r.strip("-\n")).items()}
+
+
+def convert(source, proc, out, head):
     "One page of `proc` to HTML; bad TeX and other warnings fail."
     import pypandoc
 
     name = html_name(source.relative_to(proc))
     (out / name).parent.mkdir(exist_ok=True)
+    (proc / "head.yml").write_text(yaml.safe_dump(head), encoding="utf-8")
     args = [
-        "--standalone",
-        "--mathml",
-        "--fail-if-warnings",
-        f"--css={'../' * name.count('/')}styles.css",
+        *("--standalone", "--mathml", "--toc", "--section-divs", "--fail-if-warnings"),
+        f"--template={QUARTO / 'page.html'}",
+        f"--lua-filter={QUARTO / 'page.lua'}",
+        f"--variable=root:{'../' * name.count('/')}",
+        f"--metadata-file={proc / 'head.yml'}",
         f"--metadata=pagetitle:{source.stem}",
-        "--metadata=lang:en",
         f"--extract-media=media/{source.stem}",
     ]
-    subprocess.run(
-        [
-            pypandoc.get_pandoc_path(),
-            str(source),
-            "-f",
-            kind,
-            "-t",
-            "html5",
-            "-o",
-            name,
-            *args,
-        ],
-        cwd=out,
-        check=True,
-    )
+    kind = "ipynb" if source.suffix == ".ipynb" else "markdown"
+    command = [pypandoc.get_pandoc_path(), str(source), "-f", kind, "-t", "html5"]
+    subprocess.run([*command, "-o", name, *args], cwd=out, check=True)
 
 
 def build(work):
@@ -147,18 +136,17 @@ def build(work):
     )
     out, proc = work / "site", work / "_proc"
     out.mkdir()
-    shutil.copy(NBS / "styles.css", out)
+    for css in (NBS / "styles.css", *QUARTO.glob("*.css")):
+        shutil.copy(css, out)
     shutil.copytree(NBS / "results", out / "results")
     for path in sorted(proc.rglob("*.qmd")):
-        convert(path, "markdown", proc, out)
+        convert(path, proc, out, {})
     for path in sorted(proc.glob("*.ipynb")):
         nb = normalise(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(nb), encoding="utf-8")
-        convert(path, "ipynb", proc, out)
-        front = "".join(
-            "".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "raw"
+        head = front(nb)
+        convert(path, proc, out, head)
+        assert path.stem == "index" or head["output-file"] == html_name(path.name), (
+            f"nbdev gives {path.stem} another address"
         )
-        assert (
-            path.stem == "index" or f"output-file: {html_name(path.name)}" in front
-        ), f"nbdev gives {path.stem} another address"
     return out

@@ -134,6 +134,7 @@ def readme():
                 out.append("```\n" + "".join(text).rstrip() + "\n```")
     note = "<!-- Made from nbs/index.ipynb by `make sync`: edit the notebook. -->"
     text = "\n\n".join([note, *out]) + "\n"
+    text = re.sub(r"(\]\([^)\s]*\))\{\.[\w-]+\}", r"\1", text)  # classes are the site's
     return re.sub(r"\]\((?!https?:|#)", "](nbs/", text)
 
 
