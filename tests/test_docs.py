@@ -480,6 +480,8 @@ def test_pages_fit_and_can_be_read(site, browser, tmp_path):
             whole, over = p.evaluate("[document.documentElement.scrollWidth, wide()]")
             if whole > width or over:
                 faults.append(f"{name}: {whole} px wide at {width}: {over[:3]}")
+            if cut := p.evaluate("broken()"):
+                faults.append(f"{name}: broken in a table at {width}: {cut[:3]}")
             shot = tmp_path / f"{name.replace('/', '-')}-{width}.png"
             p.screenshot(path=shot)
             if shot.stat().st_size < 8_000:

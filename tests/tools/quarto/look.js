@@ -20,6 +20,13 @@ function wide() {
     .map((e) => `${e.tagName} ${e.className} ${e.textContent.trim().slice(0, 50)}`);
 }
 
+// Names in tables that break inside.
+function broken() {
+  return [...document.querySelectorAll("td code, th code")]
+    .filter((e) => /^[\w.]+$/.test(e.textContent) && e.getClientRects().length > 1)
+    .map((e) => e.textContent);
+}
+
 function dress(mode) {
   for (const id of ["light", "dark"])
     document.getElementById(id).media = id === mode ? "all" : "not all";
