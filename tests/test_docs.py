@@ -3,7 +3,7 @@ pandoc, looked at by Chromium."""
 
 import base64, os, re, shutil, struct, subprocess, sys, zlib
 import pytest, yaml
-import colab, pages, reference
+import colab, pages, quarto_themes, reference
 from built import html_name, parsed
 from pages import NBS, ROOT, notebooks
 
@@ -463,18 +463,92 @@ def contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_pages_look_like_pages(site, browser, tmp_path):
-    "Render every page; a blank page or one that runs off to the right fails."
-    p = browser.new_page(viewport=dict(width=1000, height=1400))
-    for path in [*notebooks(), NBS / "api" / "fast.qmd", NBS / "api" / "index.qmd"]:
-        shot = tmp_path / f"{path.stem}.png"
-        p.goto((site / html_name(path.relative_to(NBS))).as_uri())
-        p.screenshot(path=shot)
-        assert shot.stat().st_size > 20_000, f"{path.stem}: the page is all but empty"
-        assert p.evaluate(
-            "[...document.querySelectorAll('.play')].every(e => "
-            "e.getBoundingClientRect().right <= 1000)"
-        ), f"{path.stem}: a figure runs off to the right"
+LOOK = (quarto_themes.OUT / "look.js").read_text(encoding="utf-8")
+
+
+def test_pages_fit_and_can_be_read(site, browser, tmp_path):
+    """Every page, laid out as Quarto does: not blank; on a laptop and on a phone nothing
+    makes it scroll sideways; in both modes all text has a contrast of 4.5 or more."""
+    p, faults = browser.new_page(), []
+    p.on("request", lambda r: faults.append(r.url) if "file:" != r.url[:5] else None)
+    for file in sorted(site.rglob("*.html")):
+        name = file.relative_to(site).as_posix()
+        p.goto(file.as_uri())
+        p.add_script_tag(content=LOOK)
+        for width in (1280, 390):
+            p.set_viewport_size(dict(width=width, height=900))
+            whole, over = p.evaluate("[document.documentElement.scrollWidth, wide()]")
+            if whole > width or over:
+                faults.append(f"{name}: {whole} px wide at {width}: {over[:3]}")
+            if cut := p.evaluate("broken()"):
+                faults.append(f"{name}: broken in a table at {width}: {cut[:3]}")
+            shot = tmp_path / f"{name.replace('/', '-')}-{width}.png"
+            p.screenshot(path=shot)
+            if shot.stat().st_size < 8_000:
+                faults.append(f"{name}: all but empty at {width}")
+        for mode in ("dark", "light"):
+            faint = p.evaluate("m => { dress(m); return faint(4.5); }", mode)
+            faults += [f"{name}, {mode}: {text}" for text in faint]
     p.close()
     if keep := os.environ.get("LAS_NB_SHOTS"):
         shutil.copytree(tmp_path, keep, dirs_exist_ok=True)
+    assert not faults, "\n".join(faults)
+
+
+def test_the_look_sees_what_is_wrong(site, browser):
+    "A wide box and a faint word are found."
+    p = browser.new_page(viewport=dict(width=390, height=900))
+    p.goto((site / "index.html").as_uri())
+    p.add_script_tag(content=LOOK)
+    assert p.evaluate("[wide(), faint(4.5)]") == [[], []]
+    bad = "<p style='width: 900px; color: #999'>faint and wide</p>"
+    p.evaluate("bad => document.querySelector('main').innerHTML += bad", bad)
+    wide, faint = p.evaluate("[wide(), faint(4.5)]")
+    assert "faint and wide" in wide[0] and faint[0].startswith("153,153,153 on 255")
+    p.close()
+
+
+def test_first_screen(site, browser):
+    """Title, problem, idea, formula and code stand on the first screen of a laptop; what
+    to click too, on a phone as well."""
+    p = browser.new_page(viewport=dict(width=1280, height=900))
+    p.goto((site / "index.html").as_uri())
+
+    def bottom(selector):
+        return p.locator(selector).first.bounding_box()["y"]
+
+    assert bottom("main h1") < 200 and bottom("main a.button") < 350
+    assert bottom("main math") < 600 and bottom("main div.sourceCode") < 800
+    assert p.locator("main a.button").count() == 3
+    p.set_viewport_size(dict(width=390, height=844))
+    assert bottom("main a.button") < 500
+    p.close()
+
+
+def test_themes_are_those_of_the_site():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    for mode in ("light", "dark"):
+        text = (quarto_themes.OUT / f"{mode}.css").read_text(encoding="utf-8")
+        assert text.startswith(quarto_themes.made_for(config)), (
+            "the checks know another theme or grid: run tests/tools/quarto_themes.py"
+        )
+
+
+def test_preview_and_icon():
+    "The picture that a shared link shows has an address of its own on every page."
+    website = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]
+    s = pages.settings()
+    home = f"{s['doc_host']}{s['doc_baseurl']}/"
+    for card in ("open-graph", "twitter-card"):
+        address, words = website[card]["image"], website[card]["image-alt"]
+        assert address.startswith(home) and len(words) > 30
+        picture = NBS / address.removeprefix(home)
+        assert 5_000 < picture.stat().st_size < 300_000  # what services take
+    assert (NBS / website["favicon"]).stat().st_size < 2_000
+    assert (NBS / "styles.css").stat().st_size < 8_000
+
+
+def test_every_rule_of_the_style_has_a_reason():
+    css = (NBS / "styles.css").read_text(encoding="utf-8")
+    for block in css.strip().split("\n\n"):
+        assert block.startswith("/* "), f"styles.css: why {block[:60]}"

@@ -115,7 +115,7 @@ def convert(source, proc, out, head):
         f"--metadata=pagetitle:{source.stem}",
         f"--extract-media=media/{source.stem}",
     ]
-    kind = "ipynb" if source.suffix == ".ipynb" else "markdown"
+    kind = "ipynb+link_attributes" if source.suffix == ".ipynb" else "markdown"
     command = [pypandoc.get_pandoc_path(), str(source), "-f", kind, "-t", "html5"]
     subprocess.run([*command, "-o", name, *args], cwd=out, check=True)
 

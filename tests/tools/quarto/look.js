@@ -5,17 +5,33 @@ function scrolls(e) {
   return false;
 }
 
-// Elements that reach over the right edge of the window, or text over its column.
+// Elements that reach over the right edge of the window, or over the column of the text;
+// a space at the end of a line hangs over it, with the padding of a word of code.
 function wide() {
+  const hangs = (e) => (getComputedStyle(e).display === "inline" ? 12 : 0);
   const edge = document.documentElement.clientWidth;
   const main = document.querySelector("main").getBoundingClientRect().right + 1;
   return [...document.body.querySelectorAll("*")]
     .filter((e) => {
       const right = e.getBoundingClientRect().right;
-      const limit = e.closest("main") ? Math.min(main, edge) : edge;
+      const limit = e.closest("main") ? Math.min(main + hangs(e), edge) : edge;
       return right > limit && !scrolls(e.parentElement) && !e.closest("#quarto-sidebar");
     })
     .map((e) => `${e.tagName} ${e.className} ${e.textContent.trim().slice(0, 50)}`);
+}
+
+// Names in tables that break inside.
+function broken() {
+  return [...document.querySelectorAll("td code, th code")]
+    .filter((e) => /^[\w.]+$/.test(e.textContent) && e.getClientRects().length > 1)
+    .map((e) => e.textContent);
+}
+
+function dress(mode) {
+  for (const id of ["light", "dark"])
+    document.getElementById(id).media = id === mode ? "all" : "not all";
+  document.body.classList.remove("quarto-light", "quarto-dark");
+  document.body.classList.add(`quarto-${mode}`);
 }
 
 function colour(text) {
