@@ -340,8 +340,7 @@ def _padding_mask(
     real = _real_tokens(attention_mask, batch_size, end, kv_length, device)
     if real is None and differs:
         real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    if real is not None and not compiling:
-        # layers may take it otherwise, see _is_causal
+    if real is not None and not compiling:  # layers may differ, see _is_causal
         real = real.to(_TO_PAST if causal else _TO_ALL)
     return real
 

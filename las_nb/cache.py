@@ -23,6 +23,7 @@ class CachedLaS:
     is_sliding = False
     is_croppable = False
     is_compileable = False
+    limits: tuple[float, float]  # tol and score_bound
     state: LaSState | None  # None before the first token
     length: int  # tokens so far, padding included
     waiting: bool  # has it handed out keys that have not come to attention?

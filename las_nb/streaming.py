@@ -29,6 +29,10 @@ from .model import LaSTransformer
 class PlainCache:
     "Keys and values of all tokens, and plain attention to them."
 
+    n: int  # tokens that are known
+    k: torch.Tensor
+    v: torch.Tensor
+
     def __init__(
         self,
         heads: int,  # H

@@ -430,6 +430,7 @@ def _kernel_error(kind: str, device: torch.device, dtype: torch.dtype) -> float:
     return largest_error(*found)
 
 
+# %% ../../nbs/15_fast.ipynb #6545a9a1
 def kernel_for(x: torch.Tensor) -> str | None:
     "Which of torch's fused kernels takes `x`; `None` = plain matrix products."
     kind, where = made_for(x), (x.device, x.dtype)

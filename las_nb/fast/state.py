@@ -95,6 +95,7 @@ def _checksum(rates: torch.Tensor, weights: torch.Tensor, *rest: Any) -> int:
     return zlib.crc32(repr((numbers, weights.shape, rest)).encode())
 
 
+# %% ../../nbs/state.ipynb #ec8c127a
 class LaSState(State):
     """Keys and values that causal LaS attention needs of what it has read; see
     las_state, which makes it."""

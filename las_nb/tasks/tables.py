@@ -206,6 +206,7 @@ def _grouped(table: Columns, said: Table) -> list[list[int]]:
     return [sorted(rows, key=times.__getitem__) for rows in groups.values()]
 
 
+# %% ../../nbs/own.ipynb #1f3d3b3c
 def _long(
     table: Columns, names: list[str], said: Table, source: str
 ) -> tuple[tuple[Any, ...], Columns]:

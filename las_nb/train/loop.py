@@ -849,8 +849,7 @@ def run(self: Trainer) -> dict[str, Any]:  # the record: what results.json holds
                     self.samples.append(self.sample())
                 self.tokens += sums.tokens
                 self.sums = torch.zeros_like(self.sums)
-                self.epoch += 1
-                self.step = 0
+                self.epoch, self.step = self.epoch + 1, 0
                 if self.report:
                     self.first(lambda: self.report(self.progress_so_far()))
             self.save()  # the test may be cut as well
