@@ -494,6 +494,7 @@ def _refuse_own_ways() -> None:
     PreTrainedModel.get_correct_attn_implementation = correct
 
 
+# %% ../nbs/21_adapt.ipynb #ef98093e
 def _warn_if_other(module: torch.nn.Module, name: str) -> None:
     "Warn where a model was saved with other settings than those of `name`."
     config = getattr(module, "config", None)

@@ -256,6 +256,7 @@ def _split_cells(table: Columns, said: Table, source: str) -> list[str | None]:
     return found
 
 
+# %% ../../nbs/own.ipynb #ceb0b853
 def read_raw(
     path: str | Path,  # see rows_of; or an .npz
     said: Table,  # columns by name; others are found
