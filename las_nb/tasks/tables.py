@@ -287,7 +287,8 @@ def read_raw(
     else:
         laid = (_listed if lists else _wide)(table, names, source)
     long = bool(said.group and said.time)
-    channels = names if long or lists and len(names) > 1 else []
+    several = long or (lists and len(names) > 1)
+    channels = names if several else []
     raw = Raw(*laid, table.places.__getitem__, channels=channels, source=source)
     raw.target, raw.columns = target, asdict(said)
     raw.parts = _split_cells(table, said, source) if labelled else None
