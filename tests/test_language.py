@@ -96,7 +96,7 @@ def test_what_a_model_of_every_position_cannot_be():
         preset("digits", readout="every")
     with pytest.raises(ValueError, match="every"):
         preset("language", readout="mean")
-    with pytest.raises(ValueError, match="leave data and tokens out"):
+    with pytest.raises(ValueError, match="leave data out"):
         preset("digits", data="x.txt")
 
 

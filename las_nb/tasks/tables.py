@@ -307,7 +307,7 @@ def read_raw(
     return raw
 
 
-# %% ../../nbs/own.ipynb #1b65a019
+# %% ../../nbs/own.ipynb #4fbff475
 def _listed_targets(y: Any, n: int, source: str) -> list[Any]:
     "Targets as a list of one number, or name, per sequence."
     found = y.tolist() if hasattr(y, "tolist") else list(y)
@@ -351,6 +351,7 @@ def _steps(s: Any) -> int:
     return len(s.encode() if isinstance(s, str) else s)
 
 
+# %% ../../nbs/own.ipynb #4566c6d1
 def _npz(path: Path, said: Table) -> Raw:
     "The arrays of a file."
     import numpy as np
@@ -431,7 +432,7 @@ def _goal_of(raw: Raw, said: str | None) -> str:
     return goal
 
 
-# %% ../../nbs/own.ipynb #9a1fe351
+# %% ../../nbs/own.ipynb #6dfc3c9d
 def _drawn(raw: Raw, i: torch.Tensor, goal: str) -> tuple[torch.Tensor, str]:
     "An order of sequences `(m,)` whose every tenth is like all of them, and why."
     order = i[shuffled(len(i))].tolist()
@@ -467,6 +468,7 @@ def _held_out(raw: Raw, i: torch.Tensor, goal: str) -> tuple[list[torch.Tensor],
     return [i[number % 10 % 5 > 0], i[number % 10 == 5], i[number % 10 == 0]], how
 
 
+# %% ../../nbs/own.ipynb #e4b935ef
 def splits_of(
     raw: Raw,
     goal: str,  # "classes" or "numbers"
@@ -499,7 +501,7 @@ def splits_of(
     return {part: found[part] for part in PARTS}, f"as given, {lost} {how}"
 
 
-# %% ../../nbs/own.ipynb #124bf531
+# %% ../../nbs/own.ipynb #844cbdd4
 def _in_words(raw: Raw, made: Preparation) -> str:
     "How many sequences of what, and what is asked."
     n, steps = len(raw.starts) - 1, raw.starts.diff()
@@ -554,6 +556,7 @@ def _given(splits: dict[str, Sequences], *_: Any, **__: Any) -> dict[str, Sequen
     return splits
 
 
+# %% ../../nbs/own.ipynb #e828e1f1
 def _part(whole: Sequences, i: torch.Tensor) -> Sequences:
     "Some of the sequences."
     values, starts = taken(whole.values, whole.starts, i)
