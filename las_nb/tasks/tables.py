@@ -312,7 +312,9 @@ def _listed_targets(y: Any, n: int, source: str) -> list[Any]:
     "Targets as a list of one number, or name, per sequence."
     found = y.tolist() if hasattr(y, "tolist") else list(y)
     found = [t.item() if hasattr(t, "item") else t for t in found]
-    found = [t[0] if isinstance(t, (list, tuple)) and len(t) == 1 else t for t in found]
+    rows = (list, tuple)
+    alone = [isinstance(t, rows) and len(t) == 1 for t in found]
+    found = [t[0] if one else t for t, one in zip(found, alone)]
     if len(found) != n:
         raise DataError(f"{source}: {n} sequences, {len(found)} targets; one for each")
     odd = next((i for i, t in enumerate(found) if isinstance(t, (list, tuple))), None)
