@@ -366,12 +366,14 @@ def _npz(path: Path, said: Table) -> Raw:
             (found[n + end] for n in ("x", "inputs", "data") if n + end in found), None
         )
         names = [said.target or "", *_TARGETS]
-        y = next((found[n + end] for n in names if n and n + end in found), None)
+        known = [n + end for n in names if n]
+        y = next((found[n] for n in known if n in found), None)
         if x is not None and y is not None:
             parts[part_of(end[1:])] = x, y, found.get(f"lengths{end}")
     if not parts:
         raise DataError(
-            f"{path.name} holds {_few(list(found), 12)}; x and y are wanted, or x_train "
+            f"{path.name} holds {_few(list(found), 12)}; x and y are wanted, or "
+            "x_train "
             "and y_train and so on"
         )
     raw = raw_arrays(parts, path.name)
@@ -407,16 +409,19 @@ def raw_dataset(
 def _goal_of(raw: Raw, said: str | None) -> str:
     "What is asked; targets become what it wants."
     targets = raw.targets or []
-    missing = next((i for i, t in enumerate(targets) if t is None or t != t), None)
+    absent = [t is None or t != t for t in targets]
+    missing = absent.index(True) if True in absent else None
     if missing is not None:
         raise DataError(
             f"{raw.place(missing)}: no {raw.target}; fill it, or leave the row out"
         )
     floats, wholes = (all(type(t) is k for t in targets) for k in (float, int))
     numeric = all(map(is_number, targets))
-    fraction = floats or numeric and any(float(t) % 1 for t in targets)
+    fraction = numeric and any(float(t) % 1 for t in targets)
+    fraction = floats or fraction
     several = len(set(targets)) > 20 and not wholes
-    goal = said or ("numbers" if numeric and (fraction or several) else "classes")
+    numbers = numeric and (fraction or several)
+    goal = said or ("numbers" if numbers else "classes")
     if goal == "numbers":
         odd = next((i for i, t in enumerate(targets) if not is_number(t)), None)
         if odd is not None:
@@ -428,7 +433,8 @@ def _goal_of(raw: Raw, said: str | None) -> str:
     n, kinds = len(targets), len(set(targets))
     if kinds < 2 or kinds > max(2, n // 2):
         raise DataError(
-            f"{raw.source}: {raw.target} has {kinds} different values in {n} sequences; "
+            f"{raw.source}: {raw.target} has {kinds} different values in {n} "
+            "sequences; "
             "is it what is to be answered?"
         )
     return goal
@@ -486,7 +492,8 @@ def splits_of(
             f"{raw.place(unsaid)} is of no split, others are; name files or folders "
             "train, valid and test"
         )
-    found = {p: torch.tensor([i for i, q in enumerate(said) if q == p]) for p in PARTS}
+    place = torch.tensor([[q == p for q in said] for p in PARTS])  # (3, n)
+    found = {p: row.nonzero()[:, 0] for p, row in zip(PARTS, place)}
     found = {part: i for part, i in found.items() if len(i)}
     if "train" not in found:
         raise DataError(
@@ -545,7 +552,8 @@ def own_facts(
     splits = {part: _part(whole, i) for part, i in parts.items()}
     sizes = [f"{len(i):,}" for i in parts.values()]
     note = _in_words(raw, made) + (
-        f"\nsplits {how}: {sizes[0]} to train, {sizes[1]} to validate, {sizes[2]} to test"
+        f"\nsplits {how}: {sizes[0]} to train, {sizes[1]} to validate, {sizes[2]} to "
+        "test"
     )
     facts = made.facts() | dict(load=functools.partial(_given, splits), note=note)
     if goal == "numbers":
