@@ -624,15 +624,16 @@ def _attention_of(
         if mask is not None and mask.ndim == 0:
             mask, packed = None, ~mask if ends is None else None
         # a fixed-size cache has empty places
+        cached = getattr(key, "las_layer", None)  # of las_cache
         if mask is not None:
             mask = mask.bool()
-        if mask is not None and not hasattr(key, "las_layer"):
+        if mask is not None and cached is None:
             key, value = (t[:, :, : mask.shape[1]] for t in (key, value))
         # LaS divides by sqrt(D) itself
         if scaling is not None:
             query = query * (scaling * query.shape[-1] ** 0.5)
-        r, cached = rates(query.shape[1]), getattr(key, "las_layer", None)
-        if cached is not None:  # of las_cache
+        r = rates(query.shape[1])
+        if cached is not None:
             _refuse_forgotten(causal, ends)
             o = cached.attend(query, key, value, mask, r, window, pool, limits[-1])
             return o.transpose(1, 2).contiguous(), None

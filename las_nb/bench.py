@@ -43,6 +43,7 @@ import sys, time
 import torch, torch.nn.functional as F
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
+from ._command import guarded
 from ._util import check_choice, commit_id, read_json, refuse, replace_file
 from .fast import las_attention
 from .fast.flex import compiled_flex
@@ -932,17 +933,14 @@ def _decoding(asked: Bench) -> None:
     "The body of `las bench --decoding`."
     record = _new_record(asked.name or "decoding", "cpu", False)
     path = Path(asked.out) / f"{record['name']}.json"
-    try:
+
+    def call():
         _check_place(path)
-        record |= decoding_record()
+        record.update(decoding_record())
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         _save(record, path)
-    except ValueError as e:
-        refuse(e)
-    except OSError as e:
-        refuse(f"{e.strerror or e}: {e.filename or ''}")
-    except KeyboardInterrupt:
-        refuse("stopped: nothing was kept")
+
+    guarded(call, "nothing was kept")
     for part in ("layer", "model"):
         print(f"{part}\n\n{decoding_table(record[part])}\n")
     print(f"kept in {path}")

@@ -82,7 +82,11 @@ def attend(
     pool: str,
     chunk: int | None,
 ) -> torch.Tensor:  # `(B, H, n, D)`
-    "New queries attend to all that came before."
+    "New queries attend to all that came before; raises `ValueError` in training."
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError(
+            "las_cache writes without gradients: call the model under torch.no_grad()"
+        )
     (B, H, n, D), self.waiting = q.shape, False
     if self.state is None:
         how = rates, D, window, pool, *self.limits, chunk, v.shape[-1]

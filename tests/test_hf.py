@@ -667,10 +667,13 @@ def test_what_a_cache_that_forgets_refuses():
     with pytest.raises(ValueError, match="use LaS"):
         las_cache(model, score_bound=4.0)
     model.set_attn_implementation("hf-scores")
-    with pytest.raises(ValueError, match="above score_bound"):
+    with pytest.raises(ValueError, match="no_grad"):  # half of them would be lost
+        model(noise(), past_key_values=forgetful(model))
+    with torch.no_grad(), pytest.raises(ValueError, match="above score_bound"):
         model(noise(), past_key_values=las_cache(model, score_bound=1e-6))
     cache = forgetful(model)
-    model(noise(), past_key_values=cache)
+    with torch.no_grad():
+        model(noise(), past_key_values=cache)
     with pytest.raises(ValueError, match="cannot take tokens back"):
         cache.crop(-1)
     model.set_attn_implementation("sdpa")  # does not see the mark
