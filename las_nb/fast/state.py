@@ -146,6 +146,11 @@ class LaSState(State):
             if g.order:
                 self._add(f"{i}.state", h, D, Dv + 1, dtype=wide)
 
+    @property
+    def nbytes(self) -> int:
+        "Bytes that are held."
+        return super().nbytes + sum(t.nbytes for t in self.tables.values())
+
     def _add(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
         "A tensor of zeros, for every stream."
         how = dict(dtype=dtype or self.dtype, device=self.device)
@@ -405,9 +410,15 @@ def _aged(
             ("rate", i), q, lambda: self.rates[_some(self.kept[i].heads)]
         )
         return torch.exp(-alpha.clamp(max=1e4)[:, None, None] * age)
-    ages = torch.arange(2 * C - 1, -1, -1) % C + 1
-    table = self._table((i, C), q, lambda: self._fades(i, ages))  # (h, 1, 2 * C)
-    start = -p % C
+
+    def twice():
+        age = torch.arange(2 * C - 1, -1, -1, device="cpu") % C + 1
+        return self._fades(i, age)
+
+    known = self.tables.get(("age", i))
+    if known is not None and known.shape[-1] != 2 * C:  # the ring has grown
+        del self.tables["age", i]
+    table, start = self._table(("age", i), q, twice), -p % C  # (h, 1, 2 * C)
     return table[..., start : start + min(C, p)]
 
 
@@ -417,7 +428,7 @@ def _smoothed_one(self: LaSState, x: torch.Tensor) -> torch.Tensor:
     "New keys, or values, `(B, H, 1, D)`, averaged with those before them."
 
     def taps():
-        lag = torch.arange(self.weights.shape[1])
+        lag = torch.arange(self.weights.shape[1], device="cpu")
         fade = torch.exp(-self.rates[:, None] * lag)
         w = self.weights * fade if self.pool == "scores" else self.weights
         return w.flip(-1)[..., None]  # (H, W, 1)
