@@ -561,19 +561,16 @@ def test_other_misuse():
 # --- from a file to predictions
 
 
+def asks(path, out, target="kind"):
+    "The words that train on a file."
+    return ["train", "--data", str(path), "--target", target, "--out", str(out)]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     path = wide(folder / "waves.csv")
-    words = [
-        "train",
-        "--data",
-        str(path),
-        "--target",
-        "kind",
-        "--out",
-        str(folder / "run"),
-    ]
+    words = asks(path, folder / "run")
     options = ["--dim", "16", "--depth", "1", "--epochs", "12", "--cpu"]
     main([*words, *options])
     return path, folder / "run"
@@ -603,13 +600,7 @@ def test_what_is_printed_before_training(tmp_path, capsys):
     path = wide(tmp_path / "waves.csv")
     main(
         [
-            "train",
-            "--data",
-            str(path),
-            "--target",
-            "kind",
-            "--out",
-            str(tmp_path / "r"),
+            *asks(path, tmp_path / "r"),
             "--preset",
             "smoke",
             "--dim",
@@ -696,13 +687,7 @@ def test_numbers_are_learnt_and_told_in_their_unit(tmp_path, capsys):
     out = str(tmp_path / "r")
     main(
         [
-            "train",
-            "--data",
-            str(path),
-            "--target",
-            "rate",
-            "--out",
-            out,
+            *asks(path, out, "rate"),
             "--cpu",
             "--dim",
             "16",

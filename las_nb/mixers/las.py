@@ -124,13 +124,14 @@ class SelfAttention(nn.Module):
 
 # %% ../../nbs/layer.ipynb #4cb0e3bb
 @patch
+@torch.no_grad()
 def step(
     self: SelfAttention,
     x: torch.Tensor,  # the next tokens `(B, n, dim)`
     state: LaSState,  # as from the layer's `state`; it moves on
     lengths: torch.Tensor | None = None,  # how many are real `(B,)`, see LaSState
 ) -> torch.Tensor:  # `(B, n, dim)`
-    "What the whole forward gives for the next tokens of every stream."
+    "What the whole forward gives for the next tokens of every stream, no gradients."
     n = torch.arange(x.shape[1], device=x.device)
     at = state.positions.to(x.device)[:, None, None] + n  # (B, 1, n)
     return self.out(merge_heads(state.step(*self.heads(x, at=at), lengths)))
