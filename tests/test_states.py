@@ -198,17 +198,17 @@ def test_export_knows_lengths(kind, norm):
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_one_compile_serves_many_lengths(norm):
+    "One graph for all lengths of one plan; where the plan changes, one more."
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
     model, counter = make(norm=norm, vocab=9, in_features=None), CompileCounter()
     fast = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for L in (200, 216, 232, 264):
+        for L, graphs in ((264, 1), (280, 1), (272, 1), (312, 1), (328, 2)):
             x, n = torch.randint(9, (2, L)), torch.tensor([L, 9])
             torch.testing.assert_close(fast(x, n), model(x, n))
-    # and one more where the plan changes with the length
-    assert counter.frame_count <= 2
+            assert counter.frame_count <= graphs, L
 
 
 def test_a_graph_holds_no_measurements():
