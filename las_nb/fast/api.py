@@ -17,6 +17,8 @@ from .bands import kernel_for, largest_error, level, made_for, one_sided
 from .bands import row_factors, sum_rows, trusted, two_sided
 from .flex import flex_attend
 from .heads import causal_heads
+from .native import largest_norms, native_attention, native_works
+from .native import why_not_native
 from .plan import Group, METHODS, TOL, is_small, keeps_bound
 from .plan import head_bounds, plan_call
 from ..las import las_dense
@@ -199,6 +201,15 @@ def _as_tuple(window: Window) -> Any:
     return tuple(map(_as_tuple, window)) if many else window
 
 
+def _one_width(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:  # q, k, v
+    "The kernels want one width for all; the scores stay what they are."
+    D, Dv = rows[0].shape[3], rows[2].shape[3]
+    if D == Dv:
+        return rows
+    q, k, v = (F.pad(t, (0, max(D, Dv) - t.shape[3])) for t in rows)
+    return q * math.sqrt(max(D, Dv) / D), k, v
+
+
 def _las_fused(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     k: torch.Tensor,  # keys `(B, H, L, D)`
@@ -340,22 +351,18 @@ def _las_fast(
 ) -> torch.Tensor:  # `(B, H, L, D)`
     """Smooth keys or values, plan, and let every group of heads go its way; padding
     comes cleared."""
-    D, Dv, dtype = q.shape[3], v.shape[3], v.dtype
+    Dv, dtype = v.shape[3], v.dtype
     sizes = _largest(q, k, v)
     q, k, v, spoiled = _set_aside(q, k, v, causal, sizes)
     if tol is None:
         tol = TOL[dtype]
     # rescaled, smoothed or scaled, in half precision, they would be rounded again
-    if any(speeds) or not is_one(window) or D != Dv:
+    if any(speeds) or not is_one(window) or q.shape[3] != Dv:
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         if sizes is None or not all(s < 1e6 for s in sizes[:2]):  # NaN hides others
             q, k = level(q, k)
-    if D != Dv:  # the kernels want one width
-        q, k, v = (
-            F.pad(t, (0, max(D, Dv) - t.shape[3]))
-            for t in (q * math.sqrt(max(D, Dv) / D), k, v)
-        )
+    q, k, v = _one_width(q, k, v)
     check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     if pool == "weights":
         tol = tol / max(1.0, _window_gain(window))
@@ -366,6 +373,85 @@ def _las_fast(
     o = _by_groups(q, k, v, rates, speeds, window, causal, lengths, groups)
     o = o[..., :Dv].to(dtype)
     return _or_nan(o if spoiled is None else o * spoiled, kept)
+
+
+# %% ../../nbs/function.ipynb #c3180e62
+def _las_native(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    k: torch.Tensor,  # keys `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    rates: torch.Tensor,  # decay rate per head `(H,)`
+    speeds: tuple[float, ...],  # the rates as numbers
+    window: Window,  # W, or its weights, newest key first
+    pool: str,  # average "scores" or "weights"
+    causal: bool,  # may query `i` see keys `j <= i` only?
+    lengths: torch.Tensor | None,  # true lengths `(B,)` of right-padded sequences
+    method: str,  # "auto" or "native"
+    tol: float | None,  # error allowed; None = `TOL`
+    score_bound: float | tuple[float, ...] | None,  # see las_attention
+) -> torch.Tensor:  # `(B, H, L, D)`
+    "By the kernel for CPUs: one call for all heads; padding comes cleared."
+    check_choice("pool", pool, ("scores", "weights"))
+    given, (D, Dv), dtype = (q, k, v), (q.shape[3], v.shape[3]), v.dtype
+    q, k, v = _one_width(*(t.float() for t in given))
+    largest = largest_norms(q, k, v)
+    norms = [a * b / math.sqrt(D) for a, b in zip(*largest[:2])]
+    if not all(s < 1e18 for s in (*norms, *largest[2])):  # NaN, or what may overflow
+        how = window, pool, causal, lengths, "auto", tol, score_bound
+        return _las_fast(*given, rates, speeds, *how)
+    tol = TOL[dtype] if tol is None else tol
+    if score_bound is not None:
+        keeps_bound(*given[:2], score_bound)
+        norms = head_bounds(score_bound, len(speeds))
+    if pool == "weights":
+        tol = tol / max(1.0, _window_gain(window))
+        v, window = smooth_values(v, window, causal, lengths), 1
+    bounds = tuple(s * _window_gain(window) for s in norms)
+    one = functools.partial(native_attention, speeds=speeds, tol=tol, bounds=bounds)
+    if causal:
+        o, _ = one(q, k, v, window=_as_tuple(window))
+    else:
+        o = two_sided(q, k, v, rates, window, None, lengths, one)
+    return o[..., :Dv].to(dtype)
+
+
+# %% ../../nbs/function.ipynb #cf553b04
+def _why_not_here(
+    q: torch.Tensor, v: torch.Tensor, window: Window
+) -> str | None:  # what it needs, if something is missing
+    "Why a call cannot go to the kernel for CPUs."
+    if q.device.type != "cpu":
+        return "tensors on the CPU"
+    if torch.float64 in (q.dtype, v.dtype):
+        return "float32 or half precision"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return "heads of width 256 at most"
+    if isinstance(window, torch.Tensor) and window.requires_grad:
+        return "weights of the window that are not trained"
+    if torch.compiler.is_compiling() or transformed(q, v, window):
+        return "calls outside torch.compile and torch.func"
+    return why_not_native()
+
+
+def _takes_native(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    speeds: tuple[float, ...],  # decay rate per head
+    window: Window,  # W, or its weights, newest key first
+    method: str,  # see las_attention
+) -> bool:
+    """Is a call for the kernel for CPUs? Raises `ValueError` where it is asked for and
+    cannot."""
+    if method not in ("auto", "native"):
+        return False
+    why = _why_not_here(q, v, window)
+    if method == "native" and why:
+        raise ValueError(f"method 'native' needs {why}; use 'auto'")
+    if method == "native" or why:
+        return not why
+    # plain attention is torch's own
+    plain = not any(speeds) and is_one(window)
+    return not plain and native_works()
 
 
 # %% ../../nbs/function.ipynb #c0ffee42
@@ -621,7 +707,8 @@ def las_attention(
     pool: str = "scores",  # average "scores" (before the softmax) or "weights" (after)
     causal: bool = True,  # may query `i` see keys `j <= i` only?
     lengths: torch.Tensor | None = None,  # true lengths `(B,)`, if right-padded
-    # "dense", "sdpa", "flex", "linear" or "triton"; "auto" picks, see plan
+    # "dense", "sdpa", "flex", "linear", "native" (for CPUs) or "triton" (for GPUs);
+    # "auto" picks, see plan
     method: str = "auto",
     tol: float | None = None,  # error allowed for far keys; None = `TOL`
     # S, for all heads or each: no score is larger before smoothing; None = measured
@@ -635,7 +722,7 @@ def las_attention(
     `lengths` and `cu_seqlens` one may be given: packed documents do not see each other.
 
     "dense" writes the matrix down; "sdpa" and "flex" compute the same without it;
-    "linear", "triton" (for GPUs), and "auto" where it pays, keep the error below `tol`
+    "linear", "native", "triton", and "auto" where it pays, keep the error below `tol`
     times the largest value of a head; with a fixed `score_bound` each output depends
     on its own past only, bit for bit. Rounding comes on top: that of the matrix in
     float64 and float32; half precision is computed in float32 and rounded once
@@ -668,5 +755,9 @@ def las_attention(
     speeds = speeds or tuple(rates.tolist())
     options = window, pool, causal, lengths, method, tol, score_bound
     with no_autocast(q):  # every step in its own dtype
-        way = _las_fused if _takes_fused(q, v, speeds, window, method) else _las_fast
+        way, call = _las_fast, (q, v, speeds, window, method)
+        if _takes_fused(*call):
+            way = _las_fused
+        elif _takes_native(*call):
+            way = _las_native
         return way(q, k, v, rates, speeds, *options)

@@ -10,7 +10,7 @@ import functools, math
 import torch, triton, triton.language as tl
 from typing import Any
 from .bands import far_delta
-from ..smoothing import window_weights
+from .native import make_tables
 
 # %% ../../nbs/fused.ipynb #cc4921ad
 _TILE = 128  # near and far are told apart in tiles of so many steps
@@ -508,16 +508,7 @@ def _tables(
     torch.Tensor, ...
 ]:  # rates for powers of two `(H,)`, taps and edges `(H, W)`
     "What kernels know of their heads, in float32."
-    with torch.inference_mode(False):
-        r = torch.tensor(speeds, dtype=torch.float64, device="cpu")
-        w = window_weights(window, len(speeds), "cpu").double()
-        w = w.expand(len(speeds), -1)
-        taps = w * torch.exp(-r[:, None] * torch.arange(w.shape[-1], device="cpu"))
-        exist = w.abs().cumsum(1)
-        edges = w.abs().sum(1, keepdim=True) / exist.masked_fill(exist == 0, 1)
-        # exp(-1e4) is 0, and float32 does not hold every rate
-        found = r.clamp(max=1e4) * _LOG2E, taps, edges
-        return tuple(t.float().contiguous().to(device) for t in found)
+    return tuple(t.to(device) for t in make_tables(speeds, window))
 
 
 @_kept

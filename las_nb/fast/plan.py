@@ -7,6 +7,7 @@ __all__ = [
     "TOL",
     "METHODS",
     "score_bounds",
+    "near_keys",
     "serves",
     "fit_band",
     "costs_file",
@@ -52,8 +53,12 @@ def _level_bounds(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 # %% ../../nbs/plan.ipynb #09b07ca4
-def _near_keys(rate: float, bound: float, delta: float) -> float:
-    "How many keys before its own are near, if scores up to `delta` may be far."
+def near_keys(
+    rate: float,  # alpha, per step
+    bound: float,  # S: no score is larger, in absolute value
+    delta: float,  # decayed scores up to it may count as far
+) -> float:  # steps; infinite, where all keys are near
+    "How many keys before its own are near to a query."
     if not 0 < delta <= bound < math.inf:
         return 0 if delta > bound else math.inf
     steps = (math.log(bound) - math.log(delta)) / rate
@@ -101,12 +106,12 @@ def _band_with(
     # which is right for any number of far keys
     for _ in range(1 if torch.compiler.is_compiling() else 3):
         delta = far_delta(share, order, rate, n)
-        near = later = _near_keys(rate, bound, delta)
+        near = later = near_keys(rate, bound, delta)
         if near == math.inf:
             return None
         if order:
             rest = (tol - share) * (1 - delta)
-            later = _near_keys(rate, bound, far_delta(rest, 0, rate, n))
+            later = near_keys(rate, bound, far_delta(rest, 0, rate, n))
         b = _best_block(near, unit)
         while b > 1 and rate * (-(-near // b) * b + lead * b) > cap:
             if lead > 1:
@@ -156,7 +161,7 @@ TOL = {
     torch.float32: 1e-4,
     torch.float64: 1e-10,
 }
-METHODS = ("auto", "dense", "sdpa", "flex", "linear", "triton")
+METHODS = ("auto", "dense", "sdpa", "flex", "linear", "native", "triton")
 
 # way -> what it costs per key, per query and per call, forward and backward, in keys of
 # torch's causal attention: fitted to two CPU cores
