@@ -21,6 +21,7 @@ from importlib import metadata
 from .fast import las_attention
 from .fast.api import gpu_kernels
 from .fast.bands import largest_error
+from .fast.native import native_works, why_not_native
 from .las import las_dense
 from .locality import exact_rates
 
@@ -119,6 +120,8 @@ def main() -> int:  # 0 if every device is well, else 1
         if kernels := gpu_kernels(device):
             words = [f"{k} {'ok' if ok else 'NOT USED'}" for k, ok in kernels.items()]
             print(f"kernels on {device}: {', '.join(words)}")
+    state = "ok" if native_works() else f"not used: {why_not_native() or 'wrong'}"
+    print(f"kernel in C for the CPU: {state}")
     well, words = zip(*map(report, devices()))
     print(f"health: {'ok' if all(well) else 'NOT WELL'}; {'; '.join(words)}")
     return 0 if all(well) else 1

@@ -11,6 +11,7 @@ __all__ = [
     "Skip",
     "plain",
     "las",
+    "plain_native",
     "dense",
     "memory_left",
     "flex",
@@ -47,7 +48,8 @@ from ._command import guarded
 from ._util import check_choice, commit_id, read_json, refuse, replace_file
 from .fast import las_attention
 from .fast.flex import compiled_flex
-from .fast.plan import cost, costs_file, plan_call
+from .fast.native import native_attention, native_works, why_not_native
+from .fast.plan import Group, cost, costs_file, plan_call
 from .las import POOLS, las_dense
 from .locality import exact_rates
 from .mixers.linear import linear_attention
@@ -133,6 +135,21 @@ def las(method: str) -> Callable[..., torch.Tensor]:
         )
 
     return way
+
+
+# %% ../nbs/16_bench.ipynb #0baa837c
+def plain_native(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rates: tuple[float, ...],
+    case: Case,
+) -> torch.Tensor:
+    "Plain causal attention by the kernel that computes LaS."
+    if case.device != "cpu" or q.dtype != torch.float32 or not native_works():
+        raise Skip(f"needs {why_not_native() or 'a CPU and float32'}")
+    none = (0.0,) * case.heads
+    return native_attention(q, k, v, none, case.tol, (1.0,) * case.heads)[0]
 
 
 # %% ../nbs/16_bench.ipynb #b04b5336
@@ -242,6 +259,7 @@ def linear_peer(
 # %% ../nbs/16_bench.ipynb #c5b4bc83
 WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "plain": plain,
+    "plain-native": plain_native,
     "auto": las("auto"),
     "linear": las("linear"),
     "sdpa": las("sdpa"),
@@ -252,7 +270,7 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "dense": dense,
 }
 # not LaS: what they compute has no error to speak of
-_OTHERS = ("plain", "alibi", "sliding-window", "linear-attention")
+_OTHERS = ("plain", "plain-native", "alibi", "sliding-window", "linear-attention")
 
 
 # %% ../nbs/16_bench.ipynb #5b1ec171
@@ -608,6 +626,7 @@ def ratio_table(
 # %% ../nbs/16_bench.ipynb #a49eae7d
 _COLORS = {
     "plain": "#00204d",
+    "plain-native": "#4c78c8",
     "auto": "#b58900",
     "linear": "#2e7d6b",
     "sdpa": "#8a5fa8",
@@ -732,6 +751,9 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
         result["memory"] = peak_memory(name, case) if fits else None
     a, rates = make_inputs(case)
     groups, _ = plan_call(a[0], a[1], rates, "auto", case.tol, None)
+    if a[0].dtype == torch.float32 and case.device == "cpu" and native_works():
+        if any(g.method != "dense" for g in groups):
+            groups = [Group("native", tuple(range(case.heads)))]
     return case._asdict() | dict(
         ways=found,
         skipped=skipped,

@@ -433,16 +433,22 @@ def _why_not_here(
     return why_not_native()
 
 
+_SHORT = 384  # below, keys on both sides go two ways and back: plans are as good
+
+
 def _takes_native(
     q: torch.Tensor,  # queries `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
     speeds: tuple[float, ...],  # decay rate per head
     window: Window,  # W, or its weights, newest key first
     method: str,  # see las_attention
+    causal: bool = True,  # may query `i` see keys `j <= i` only?
 ) -> bool:
     """Is a call for the kernel for CPUs? Raises `ValueError` where it is asked for and
     cannot."""
     if method not in ("auto", "native"):
+        return False
+    if method == "auto" and not causal and q.shape[2] < _SHORT:
         return False
     why = _why_not_here(q, v, window)
     if method == "native" and why:
@@ -758,6 +764,6 @@ def las_attention(
         way, call = _las_fast, (q, v, speeds, window, method)
         if _takes_fused(*call):
             way = _las_fused
-        elif _takes_native(*call):
+        elif _takes_native(*call, causal):
             way = _las_native
         return way(q, k, v, rates, speeds, *options)

@@ -356,7 +356,7 @@ def plan(
         tol = math.exp(math.log(tol))  # a number, of which it makes no symbol
     if method == "auto" and is_small(batch, H, L, width, window):
         method = "dense"
-    if method in ("dense", "flex"):
+    if method in ("dense", "flex", "native", "triton"):
         return [Group(method, tuple(range(H)))]
     costs = _COSTS[not (causal or not any(rates))]
     costs = _KEYS if method == "linear" else costs if device == "cpu" else _GPU
