@@ -188,8 +188,8 @@ def test_strides_of_one_projection():
     assert torch.equal(got, want)
     odd = [t[..., ::2] for t in heads]
     same = [t.contiguous() for t in odd]
-    x, y = (las_attention(*t, SPEEDS, **call) for t in (odd, same))
-    assert torch.equal(x, y)
+    every, packed = (las_attention(*t, SPEEDS, **call) for t in (odd, same))
+    assert torch.equal(every, packed)
     # a gradient that is one number for all
     (dx,) = torch.autograd.grad(got.sum(), x, retain_graph=True)
     assert torch.equal(dx, torch.autograd.grad(got, x, torch.ones_like(got))[0])
