@@ -158,6 +158,16 @@ def _of_heads(window: Window, heads: Sequence[int]) -> Window:
     return w if w.ndim == 1 else w[list(heads)]
 
 
+# %% ../../nbs/function.ipynb #28e3fe02
+def _one_width(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:  # q, k, v
+    "The kernels want one width for all; the scores stay what they are."
+    D, Dv = rows[0].shape[3], rows[2].shape[3]
+    if D == Dv:
+        return rows
+    q, k, v = (F.pad(t, (0, max(D, Dv) - t.shape[3])) for t in rows)
+    return q * math.sqrt(max(D, Dv) / D), k, v
+
+
 # %% ../../nbs/function.ipynb #5e7a51de
 def _largest(*tensors: torch.Tensor) -> list[float] | None:
     """The largest entry of each; None where values would have to be waited for."""
@@ -199,15 +209,6 @@ def _as_tuple(window: Window) -> Any:
         window = window.tolist()
     many = isinstance(window, (tuple, list))
     return tuple(map(_as_tuple, window)) if many else window
-
-
-def _one_width(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:  # q, k, v
-    "The kernels want one width for all; the scores stay what they are."
-    D, Dv = rows[0].shape[3], rows[2].shape[3]
-    if D == Dv:
-        return rows
-    q, k, v = (F.pad(t, (0, max(D, Dv) - t.shape[3])) for t in rows)
-    return q * math.sqrt(max(D, Dv) / D), k, v
 
 
 def _las_fused(
@@ -415,51 +416,6 @@ def _las_native(
     return o[..., :Dv].to(dtype)
 
 
-# %% ../../nbs/function.ipynb #cf553b04
-def _why_not_here(
-    q: torch.Tensor, v: torch.Tensor, window: Window
-) -> str | None:  # what it needs, if something is missing
-    "Why a call cannot go to the kernel for CPUs."
-    if q.device.type != "cpu":
-        return "tensors on the CPU"
-    if torch.float64 in (q.dtype, v.dtype):
-        return "float32 or half precision"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return "heads of width 256 at most"
-    if isinstance(window, torch.Tensor) and window.requires_grad:
-        return "weights of the window that are not trained"
-    if torch.compiler.is_compiling() or transformed(q, v, window):
-        return "calls outside torch.compile and torch.func"
-    return why_not_native()
-
-
-_SHORT = 384  # below, keys on both sides go two ways and back: plans are as good
-
-
-def _takes_native(
-    q: torch.Tensor,  # queries `(B, H, L, D)`
-    v: torch.Tensor,  # values `(B, H, L, D)`
-    speeds: tuple[float, ...],  # decay rate per head
-    window: Window,  # W, or its weights, newest key first
-    method: str,  # see las_attention
-    causal: bool = True,  # may query `i` see keys `j <= i` only?
-) -> bool:
-    """Is a call for the kernel for CPUs? Raises `ValueError` where it is asked for and
-    cannot."""
-    if method not in ("auto", "native"):
-        return False
-    if method == "auto" and not causal and q.shape[2] < _SHORT:
-        return False
-    why = _why_not_here(q, v, window)
-    if method == "native" and why:
-        raise ValueError(f"method 'native' needs {why}; use 'auto'")
-    if method == "native" or why:
-        return not why
-    # plain attention is torch's own
-    plain = not any(speeds) and is_one(window)
-    return not plain and native_works()
-
-
 # %% ../../nbs/function.ipynb #c0ffee42
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"  # runs kernels on the CPU
@@ -525,6 +481,67 @@ def _fused_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
         grads = torch.autograd.grad(o, mine, up.to(*kind))
         found.append([t.double() for t in (o, *grads)])
     return largest_error(*found)
+
+
+# %% ../../nbs/function.ipynb #cf553b04
+def _why_not_here(
+    q: torch.Tensor, v: torch.Tensor, window: Window
+) -> str | None:  # what it needs, if something is missing
+    "Why a call cannot go to the kernel for CPUs."
+    if q.device.type != "cpu":
+        return "tensors on the CPU"
+    if torch.float64 in (q.dtype, v.dtype):
+        return "float32 or half precision"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return "heads of width 256 at most"
+    if isinstance(window, torch.Tensor) and window.requires_grad:
+        return "weights of the window that are not trained"
+    if torch.compiler.is_compiling() or transformed(q, v, window):
+        return "calls outside torch.compile and torch.func"
+    return why_not_native()
+
+
+_SHORT = 384  # below, keys on both sides go two ways and back: plans are as good
+
+
+def _takes_native(
+    q: torch.Tensor,  # queries `(B, H, L, D)`
+    v: torch.Tensor,  # values `(B, H, L, D)`
+    speeds: tuple[float, ...],  # decay rate per head
+    window: Window,  # W, or its weights, newest key first
+    method: str,  # see las_attention
+    causal: bool = True,  # may query `i` see keys `j <= i` only?
+) -> bool:
+    """Is a call for the kernel for CPUs? Raises `ValueError` where it is asked for and
+    cannot."""
+    if method not in ("auto", "native"):
+        return False
+    if method == "auto" and not causal and q.shape[2] < _SHORT:
+        return False
+    why = _why_not_here(q, v, window)
+    if method == "native" and why:
+        raise ValueError(f"method 'native' needs {why}; use 'auto'")
+    if method == "native" or why:
+        return not why
+    # plain attention is torch's own
+    plain = not any(speeds) and is_one(window)
+    return not plain and native_works()
+
+
+def _way(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    speeds: tuple[float, ...],
+    window: Window,
+    method: str,
+    causal: bool,
+) -> Any:
+    "Which function computes a call that is not for the matrix."
+    if _takes_fused(q, v, speeds, window, method):
+        return _las_fused
+    if _takes_native(q, v, speeds, window, method, causal):
+        return _las_native
+    return _las_fast
 
 
 # %% ../../nbs/function.ipynb #c0ffee61
@@ -750,8 +767,7 @@ def las_attention(
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
     whole = chunk is None or chunk >= L
     if whole and _takes_matrix(q, rates, method, window, pool, causal):
-        how = window, pool, causal, lengths, score_bound
-        return _by_matrix(q, k, v, rates, *how)
+        return _by_matrix(q, k, v, rates, window, pool, causal, lengths, score_bound)
     q, k, v = _clean_inputs(q, k, v, speeds or rates, window, lengths)
     if not whole:
         blocks = (_fold_chunks(t, chunk) for t in (q, k, v))
@@ -761,9 +777,5 @@ def las_attention(
     speeds = speeds or tuple(rates.tolist())
     options = window, pool, causal, lengths, method, tol, score_bound
     with no_autocast(q):  # every step in its own dtype
-        way, call = _las_fast, (q, v, speeds, window, method)
-        if _takes_fused(*call):
-            way = _las_fused
-        elif _takes_native(*call, causal):
-            way = _las_native
+        way = _way(q, v, speeds, window, method, causal)
         return way(q, k, v, rates, speeds, *options)

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "head_tables",
     "why_not_native",
     "reach_of",
     "make_tables",
@@ -653,8 +652,8 @@ def make_tables(
     speeds: tuple[float, ...],  # decay rate of every head
     window: Any,  # W, or its weights as a tuple, or one per head
 ) -> tuple[torch.Tensor, ...]:  # `(H,)`, `(H, W)`, `(H, W)`, float32
-    """What kernels know of their heads: rates for powers of two; the weight of a key and
-    of those before it; the factor of the first keys, and of all others."""
+    """What kernels know of their heads: rates for powers of two; the weight of a key
+    and of those before it; the factor of the first keys, and of all others."""
     with torch.inference_mode(False):
         r = torch.tensor(speeds, dtype=torch.float64, device="cpu")
         w = window_weights(window, len(speeds), "cpu").double()
@@ -667,7 +666,7 @@ def make_tables(
         return tuple(t.float().contiguous() for t in found)
 
 
-head_tables = functools.lru_cache(256)(make_tables)
+_kept_tables = functools.lru_cache(256)(make_tables)
 
 
 # %% ../../nbs/native.ipynb #221e4c11
@@ -763,8 +762,8 @@ def largest_norms(
     k: torch.Tensor,  # keys `(B, H, L, D)`
     v: torch.Tensor,  # values `(B, H, L, D)`
 ) -> list[list[float]]:  # three times H
-    """The largest norm of a query, a key and a value of each head; infinite or NaN where
-    an entry is, or beyond 1e19."""
+    """The largest norm of a query, a key and a value of each head; infinite or NaN
+    where an entry is, or beyond 1e19."""
     rows = (_dense_rows(t.detach()) for t in (q, k, v))
     sizes = q.new_empty(3, *q.shape[:2])
     _compute("survey", sizes=sizes, **dict(zip("qkv", rows)))
@@ -787,8 +786,8 @@ def native_attention(
     window: Any = 1,
     # output `(B, H, L, D)`, log of the denominators `(B, H, L)`
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention with decayed, smoothed scores in one kernel. Gradients reach q, k
-    and v, once; raises `RuntimeError` where there is no kernel."""
+    """Causal attention with decayed, smoothed scores in one kernel. Gradients reach q,
+    k and v, once; raises `RuntimeError` where there is no kernel."""
     if why := why_not_native():
         raise RuntimeError(f"the kernel for CPUs needs {why}")
     bounds = tuple(map(_round_up, bounds))
@@ -796,7 +795,7 @@ def native_attention(
     size = q.shape[0], q.shape[2], threads
     layout = _layout(tuple(speeds), bounds, tol, *size)
     tables = dict(zip(("reach", "first", "units"), layout))
-    tables |= zip(("rates", "taps", "edges"), head_tables(tuple(speeds), window))
+    tables |= zip(("rates", "taps", "edges"), _kept_tables(tuple(speeds), window))
     q, k, v = map(_dense_rows, (q, k, v))
     o, lse = _Native.apply(q, k, v, tables, q.shape[-1] ** -0.5)
     return o, lse / _LOG2E
