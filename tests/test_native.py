@@ -267,7 +267,7 @@ def test_auto_takes_it_where_it_can(monkeypatch):
     assert taken(causal=False) == 2 and taken(speeds=(0.0,) * 3) == 1
     assert not taken(speeds=(0.0,) * 3, window=1)  # plain attention is torch's
     assert not taken(dtype=torch.float64) and not taken(method="linear")
-    assert not taken(L=24) and not taken(L=100, causal=False)
+    assert taken(L=24) == 1 and not taken(L=100, causal=False)
     trained = torch.full((3,), 1 / 3, requires_grad=True)
     assert not taken(window=trained)
 

@@ -633,16 +633,25 @@ def _is_learned(x: Any) -> bool:
 
 
 def _takes_matrix(
-    q: torch.Tensor, rates: torch.Tensor, method: str, window: Window, *how: Any
+    q: torch.Tensor,
+    v: torch.Tensor,
+    rates: torch.Tensor,
+    method: str,
+    window: Window,
+    pool: str,
+    causal: bool,
 ) -> bool:
-    "Is the whole call a matter for las_dense? `how` is pool and causal."
+    "Is the whole call a matter for las_dense?"
     if q.is_meta:  # shapes alone
         return True
     if method != "auto":
         return method == "dense"
     if _is_learned(rates) or transformed(window):
         return True
-    return is_small(*q.shape, _two_sided_window(window, *how))
+    if not is_small(*q.shape, _two_sided_window(window, pool, causal)):
+        return False
+    # the kernel for CPUs is faster, whatever the rates
+    return not (causal and _takes_native(q, v, (1.0,), window, method))
 
 
 # %% ../../nbs/function.ipynb #29064912
@@ -766,7 +775,7 @@ def las_attention(
     if speeds is not None:
         rates = torch.tensor(speeds, dtype=torch.float64, device=q.device)
     whole = chunk is None or chunk >= L
-    if whole and _takes_matrix(q, rates, method, window, pool, causal):
+    if whole and _takes_matrix(q, v, rates, method, window, pool, causal):
         return _by_matrix(q, k, v, rates, window, pool, causal, lengths, score_bound)
     q, k, v = _clean_inputs(q, k, v, speeds or rates, window, lengths)
     if not whole:

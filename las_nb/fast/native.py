@@ -330,7 +330,7 @@ static int forward_unit(const call *c, long bh, long share, long shares)
         for (long i = 0; i < TILE && m0 + i < L; i++) {
             float all = sum(s.all[i]), *y = o + (m0 + i) * c->o.row;
             for (long d = 0; d < c->D; d++) y[d] = s.sum[i * P + d] / all;
-            lse[m0 + i] = s.top[i] + log2f(all);
+            lse[m0 + i] = (s.top[i] + log2f(all)) * 0.6931471805599453f;
         }
     }
     free(keys);
@@ -396,7 +396,7 @@ static void prepare(const call *c, const gradients *x, long bh)
         memcpy(far, far + P, sizeof(float) * P);
         for (long i = m * TILE; i < (m + 1) * TILE; i++) {
             float *g = x->g + i * P, *out = o + i * c->o.row, delta = 0;
-            x->lse[i] = i < L ? c->lse[bh * L + i] : INFINITY;
+            x->lse[i] = i < L ? c->lse[bh * L + i] * 1.4426950408889634f : INFINITY;
             for (long d = 0; i < L && d < c->D; d++) delta += g[d] * out[d];
             x->delta[i] = i < L && c->g_lse ? delta - c->g_lse[bh * L + i] : delta;
             float one = exp2f(-x->lse[i]);
@@ -747,8 +747,7 @@ class _Native(torch.autograd.Function):
         first_derivatives_only(g)
         q, k, v, o, lse = ctx.saved_tensors
         g = torch.zeros_like(o) if g is None else _dense_rows(g)
-        # kept in the base of powers
-        g_lse = None if g_lse is None else (g_lse * _LOG2E).contiguous()
+        g_lse = None if g_lse is None else g_lse.contiguous()
         grads = {f"d{n}": _room(t) for n, t in (("q", q), ("k", k), ("v", v))}
         smooth = q.new_empty(q.shape) if ctx.known["taps"].shape[1] > 1 else None
         given = dict(q=q, k=k, v=v, o=o, lse=lse, g=g, g_lse=g_lse, smooth=smooth)
@@ -767,7 +766,7 @@ def largest_norms(
     rows = (_dense_rows(t.detach()) for t in (q, k, v))
     sizes = q.new_empty(3, *q.shape[:2])
     _compute("survey", sizes=sizes, **dict(zip("qkv", rows)))
-    return sizes.amax(1).sqrt().tolist()
+    return [[math.sqrt(s) for s in row] for row in sizes.amax(1).tolist()]
 
 
 def _round_up(bound: float) -> float:
@@ -797,8 +796,7 @@ def native_attention(
     tables = dict(zip(("reach", "first", "units"), layout))
     tables |= zip(("rates", "taps", "edges"), _kept_tables(tuple(speeds), window))
     q, k, v = map(_dense_rows, (q, k, v))
-    o, lse = _Native.apply(q, k, v, tables, q.shape[-1] ** -0.5)
-    return o, lse / _LOG2E
+    return _Native.apply(q, k, v, tables, q.shape[-1] ** -0.5)
 
 
 # %% ../../nbs/native.ipynb #acfe5920
