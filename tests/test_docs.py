@@ -527,6 +527,35 @@ def test_first_screen(site, browser):
     p.close()
 
 
+def test_formulas_have_the_font_of_the_site(site, browser):
+    """Every letter of every formula is drawn with it, in both modes: none is missing
+    from the file, none comes from the reader's machine; none stands over a brace, which
+    a browser without it puts in the wrong place."""
+    p, faults = browser.new_page(), set()
+    tools = p.context.new_cdp_session(p)
+    tools.send("DOM.enable")
+    tools.send("CSS.enable")
+    for file in sorted(site.rglob("*.html")):
+        text = file.read_text(encoding="utf-8")
+        assert "\u23df" not in text and "\u23de" not in text, f"{file.name}: a brace"
+        if "<math" not in text:
+            continue
+        p.goto(file.as_uri())
+        p.evaluate("document.fonts.ready")
+        root = tools.send("DOM.getDocument")["root"]["nodeId"]
+        query = dict(nodeId=root, selector="math :is(mi, mo, mn, mtext)")
+        for node in tools.send("DOM.querySelectorAll", query)["nodeIds"]:
+            used = tools.send("CSS.getPlatformFontsForNode", dict(nodeId=node))["fonts"]
+            faults |= {
+                f"{file.name}: {f['familyName']}" for f in used if not f["isCustomFont"]
+            }
+    p.close()
+    assert not faults, "\n".join(sorted(faults))
+    fonts = NBS / "fonts"
+    assert (fonts / "stix-two-math.woff2").stat().st_size < 150_000
+    assert "SIL OPEN FONT LICENSE" in (fonts / "OFL.txt").read_text(encoding="utf-8")
+
+
 def test_themes_are_those_of_the_site():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     for mode in ("light", "dark"):

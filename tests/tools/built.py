@@ -138,7 +138,8 @@ def build(work):
     out.mkdir()
     for css in (NBS / "styles.css", *QUARTO.glob("*.css")):
         shutil.copy(css, out)
-    shutil.copytree(NBS / "results", out / "results")
+    for folder in ("results", "fonts"):
+        shutil.copytree(NBS / folder, out / folder)
     for path in sorted(proc.rglob("*.qmd")):
         convert(path, proc, out, {})
     for path in sorted(proc.glob("*.ipynb")):
