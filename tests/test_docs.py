@@ -484,6 +484,8 @@ def test_pages_fit_and_can_be_read(site, browser, tmp_path):
                 faults.append(f"{name}: {whole} px wide at {width}: {over[:3]}")
             if cut := p.evaluate("broken()"):
                 faults.append(f"{name}: broken in a table at {width}: {cut[:3]}")
+            if tall := p.evaluate("towers()"):
+                faults.append(f"{name}: narrow in a table at {width}: {tall[:3]}")
             shot = tmp_path / f"{name.replace('/', '-')}-{width}.png"
             p.screenshot(path=shot)
             if shot.stat().st_size < 8_000:
@@ -505,6 +507,10 @@ def test_the_look_sees_what_is_wrong(site, browser):
     assert p.evaluate("[wide(), faint(4.5)]") == [[], []]
     bad = "<p style='width: 900px; color: #999'>faint and wide</p>"
     p.evaluate("bad => document.querySelector('main').innerHTML += bad", bad)
+    cell = f"<td style='word-break: break-all; width: 40px'>{'unbroken ' * 40}</td>"
+    table = f"<table style='table-layout: fixed; display: table'><tr>{cell}</tr></table>"
+    p.evaluate("bad => document.querySelector('main').innerHTML += bad", table)
+    assert p.evaluate("[broken()[0], towers()[0].slice(0, 8)]") == ["unbroken"] * 2
     wide, faint = p.evaluate("[wide(), faint(4.5)]")
     assert "faint and wide" in wide[0] and faint[0].startswith("153,153,153 on 255")
     p.close()

@@ -54,7 +54,9 @@ def code(text):
 def default(value):
     if value is EMPTY:
         return ""
-    return getattr(value, "__name__", None) or repr(value)
+    text = getattr(value, "__name__", None) or repr(value)
+    # a register, say, which grows as modules are imported
+    return text if len(text) < 60 else "..."
 
 
 def table(f):
