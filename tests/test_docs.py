@@ -1,7 +1,7 @@
 """Every page as a reader gets it, without Quarto: processed by nbdev, converted by
 pandoc, looked at by Chromium."""
 
-import base64, os, re, shutil, struct, subprocess, sys, zlib
+import ast, base64, os, re, shutil, struct, subprocess, sys, zlib
 import pytest, yaml
 import colab, pages, quarto_themes, reference
 from built import html_name, parsed
@@ -508,7 +508,9 @@ def test_the_look_sees_what_is_wrong(site, browser):
     bad = "<p style='width: 900px; color: #999'>faint and wide</p>"
     p.evaluate("bad => document.querySelector('main').innerHTML += bad", bad)
     cell = f"<td style='word-break: break-all; width: 40px'>{'unbroken ' * 40}</td>"
-    table = f"<table style='table-layout: fixed; display: table'><tr>{cell}</tr></table>"
+    table = (
+        f"<table style='table-layout: fixed; display: table'><tr>{cell}</tr></table>"
+    )
     p.evaluate("bad => document.querySelector('main').innerHTML += bad", table)
     assert p.evaluate("[broken()[0], towers()[0].slice(0, 8)]") == ["unbroken"] * 2
     wide, faint = p.evaluate("[wide(), faint(4.5)]")
@@ -531,6 +533,52 @@ def test_first_screen(site, browser):
     p.set_viewport_size(dict(width=390, height=844))
     assert bottom("main a.button") < 500
     p.close()
+
+
+def test_results_come_first(site, browser):
+    """The speed, arena, digits, sMNIST and comparison pages open with what they found:
+    on the first screen of a laptop, and no code above it; the interactive page has none.
+    """
+    p = browser.new_page()
+    first = """() => [...document.querySelectorAll('main figure, main table')]
+      .find(e => e.checkVisibility()).getBoundingClientRect().y"""
+    code = """() => [...document.querySelectorAll('main div.sourceCode')]
+      .filter(e => e.checkVisibility()).map(e => e.getBoundingClientRect().y)"""
+    for name in ("bench", "lra", "digits", "smnist", "compare"):
+        p.goto((site / f"{name}.html").as_uri())
+        for width, most in ((1280, 800), (390, 1300)):
+            p.set_viewport_size(dict(width=width, height=900))
+            y = p.evaluate(first)
+            assert y < most, f"{name}: the first result is {y:.0f} px down at {width}"
+            assert min(p.evaluate(code)) > y, f"{name}: code comes before the result"
+    p.goto((site / "play.html").as_uri())
+    assert p.evaluate(code) == []
+    p.close()
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
+def test_a_function_is_shown_once(site, path):
+    "With its source or as a signature, not as both; either can be linked to."
+    text = (site / html_name(path.name)).read_text(encoding="utf-8")
+    for cell in pages.cells(path):
+        flags = pages.directives(cell)
+        if not {"export", "exports"} & set(flags) or "hide" in flags:
+            continue
+        for x in ast.parse(re.sub(r"^[!%].*", "", pages.source(cell), flags=re.M)).body:
+            name = getattr(x, "name", "_")
+            if name[0] == "_" or getattr(x, "decorator_list", []):
+                continue
+            # a signature has a heading, and so a section
+            tag = "section" if "export" in flags else "span"
+            assert f'<{tag} id="{name.lower()}"' in text, f"{path.name}: {name}"
+
+
+def test_markdown_that_a_cell_makes_is_shown_as_such():
+    for path in notebooks():
+        for cell in pages.cells(path):
+            made = [o.get("data", {}) for o in cell.get("outputs", [])]
+            if any("text/markdown" in data for data in made):
+                assert pages.directives(cell).get("output") == "asis", path.name
 
 
 def test_formulas_have_the_font_of_the_site(site, browser):
