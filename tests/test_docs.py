@@ -1,7 +1,7 @@
 """Every page as a reader gets it, without Quarto: processed by nbdev, converted by
 pandoc, looked at by Chromium."""
 
-import ast, base64, os, re, shutil, struct, subprocess, sys, zlib
+import ast, base64, importlib, os, re, shutil, struct, subprocess, sys, zlib
 import pytest, yaml
 import colab, pages, quarto_themes, reference
 from built import html_name, parsed
@@ -215,11 +215,37 @@ def test_the_reference_is_the_library():
     for module in reference.modules():
         text = wanted[f"api/{reference.stem(module)}.qmd"]
         for public in reference.load(module).__all__:
+            if reference.left_out(getattr(reference.load(module), public)):
+                continue
             assert (
                 f"{{#{public}}}" in text
                 or f"`{public}`" in text
                 or f"[{public}]" in text
             ), f"{module}.{public}"
+
+
+def test_reference_begins_with_what_is_called_first(tmp_path):
+    "Every example of it runs as it stands, and stands on the page of its module too."
+    wanted = reference.write()
+    index = wanted["api/index.qmd"]
+    for name, public in reference.FIRST:
+        code = reference.example(name, public)
+        assert index.index(code) < index.index("## All modules")
+        own = wanted[f"api/{reference.stem(name)}.qmd"]
+        assert own.split("## ")[1].startswith(public) and code in own
+    codes = [code for code in reference.FIRST.values()]
+    if not importlib.util.find_spec("transformers"):
+        codes = [code for code in codes if "transformers" not in code]
+    said = f"for code in {codes!r}: exec(code, {{}})"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), LAS_NB_DATA=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", said],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_reference_tables_survive_types_with_bars():
