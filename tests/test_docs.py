@@ -1,13 +1,13 @@
 """Every page as a reader gets it, without Quarto: processed by nbdev, converted by
 pandoc, looked at by Chromium."""
 
-import ast, base64, importlib, os, re, shutil, struct, subprocess, sys, zlib
+import ast, base64, importlib, json, os, re, shutil, struct, subprocess, sys, zlib
 import pytest, yaml
 import colab, pages, quarto_themes, reference
 from built import html_name, parsed
 from pages import NBS, ROOT, notebooks
 
-CHAPTERS = [p for p in notebooks() if re.match(r"\d\d_", p.name)]
+CHAPTERS = pages.chapters()
 
 
 def ids(paths):
@@ -263,6 +263,7 @@ def test_reference_links_and_headings(site, name):
     for link in page.links:
         follow(site, NBS / name, link, "https://none/")
     front = yaml.safe_load((NBS / name).read_text(encoding="utf-8").split("---")[1])
+    assert front.pop("search", True) == (name == "api/index.qmd")
     assert set(front) == {"title", "description"} and all(front.values())
     assert page.headings[0] == 1 and all(
         b <= a + 1 for a, b in zip(page.headings, page.headings[1:])
@@ -405,7 +406,7 @@ def test_colab_cell_takes_pypi_else_the_repository(tmp_path):
         subprocess.run(
             ["sh", "-c", colab.install()[1:].replace("/content", str(content))],
             env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYPI": pypi},
-            cwd=tmp_path,
+            cwd=content if content.exists() else tmp_path,
         )
         return log.read_text()
 
@@ -419,6 +420,63 @@ def test_colab_cell_takes_pypi_else_the_repository(tmp_path):
         and (content / "grids").exists()
     )
     assert f"git+{pages.git_url()}@{s['branch']}" in run("1")
+
+
+OPENINGS = """
+import ast, json, sys
+for path in json.loads(sys.argv[1]):
+    place = {}
+    for cell in json.load(open(path))["cells"][1:]:
+        code = "".join(cell["source"])
+        if cell["cell_type"] != "code" or not (body := ast.parse(code).body):
+            continue
+        exec(compile(code, path, "exec"), place)
+        if not all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in body):
+            break
+import las_nb
+print(las_nb.__file__)
+"""
+
+
+def test_every_chapter_begins_from_an_empty_folder(wheel, tmp_path):
+    """Its first cell is run as in Colab, with the wheel for what PyPI has and the
+    notebooks alone for the repository; then its imports, and the first cell after."""
+    content, site = tmp_path / "content", tmp_path / "site"
+    (tmp_path / "bin").mkdir()
+    content.mkdir()
+    pip = f"{sys.executable} -m pip install -q --no-deps --no-index --target {site}"
+    scripts = dict(pip=f"exec {pip} {wheel}", git=f"mkdir book && cp -r {NBS} book/nbs")
+    for tool, body in scripts.items():
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    firsts = {pages.source(pages.cells(path)[0]) for path in CHAPTERS}
+    (first,) = firsts  # all the same
+    assert first.endswith(colab.install())
+    subprocess.run(
+        ["sh", "-c", colab.install()[1:].replace("/content", str(content))],
+        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"},
+        cwd=content,
+        check=True,
+    )
+    env = os.environ | dict(PYTHONPATH=str(site), MPLBACKEND="Agg")
+    done = subprocess.run(
+        [sys.executable, "-c", OPENINGS, json.dumps([p.name for p in CHAPTERS])],
+        cwd=content,
+        env=env | dict(LAS_NB_DATA=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith(str(site))
+
+
+def test_chapters_say_what_they_cost():
+    "Time and memory under a title are those that were measured."
+    for path in CHAPTERS:
+        text = "\n".join(map(pages.source, pages.cells(path)))
+        told = pages.cost(path)
+        assert told, f"{path.stem}: run tests/tools/measure.py {path.stem}"
+        assert told in text, f"{path.name}: run `make sync`"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=ids(CHAPTERS))
@@ -634,6 +692,59 @@ def test_formulas_have_the_font_of_the_site(site, browser):
     fonts = NBS / "fonts"
     assert (fonts / "stix-two-math.woff2").stat().st_size < 150_000
     assert "SIL OPEN FONT LICENSE" in (fonts / "OFL.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def search(site, browser):
+    "What the site's search answers to words: pages, the best first."
+    p, docs = browser.new_page(), []
+    left_out = {
+        html_name(p.relative_to(NBS))
+        for p in NBS.glob("api/*.qmd")
+        if "\nsearch: false\n" in p.read_text(encoding="utf-8")
+    }
+    for file in sorted(site.rglob("*.html")):
+        name = file.relative_to(site).as_posix()
+        p.goto(file.as_uri())
+        p.add_script_tag(path=quarto_themes.OUT / "search.js")
+        docs += [] if name in left_out else p.evaluate("indexed", name)
+    p.add_script_tag(path=quarto_themes.OUT / "fuse.min.js")
+    yield lambda words: p.evaluate(
+        "([docs, words]) => found(docs, words)", [docs, words]
+    )
+    p.close()
+
+
+@pytest.mark.parametrize(
+    "words, page",
+    [
+        ("install", "faq.html#install"),
+        ("ELD", "locality.html#eld-the-decayed-scores"),
+        ("locality", "locality.html"),
+        ("mask", "attention.html"),
+        ("las_attention", "function.html"),
+        ("register_las", "adapt.html"),
+        ("interactive", "play.html"),
+    ],
+)
+def test_search_finds_the_page_that_explains(search, words, page):
+    assert search(words)[0].startswith(page), search(words)[:4]
+
+
+def test_numbers_of_chapters_are_the_same_everywhere():
+    "In the sidebar, in the text and in the names of files."
+    sidebar = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    for path in CHAPTERS:
+        number = int(path.stem[:2])
+        assert f"text: {number} " in sidebar.split(f"href: {path.name}")[0][-60:]
+    for path in notebooks():
+        text = "\n".join(map(pages.source, pages.cells(path)))
+        for said, number in re.findall(r"[Cc]hapter (\d+)\]\((\d\d)_", text):
+            assert int(said) == int(number), f"{path.name}: chapter {said}"
+    order = re.findall(r"href: (\S+)", sidebar)
+    assert min(i for i, name in enumerate(order) if "api/" in name) > max(
+        order.index(path.name) for path in CHAPTERS
+    )
 
 
 def test_themes_are_those_of_the_site():

@@ -174,7 +174,8 @@ def page(name, chapter):
     "The reference of one module."
     module = load(name)
     out = [
-        f'---\ntitle: "{module.__name__}"\ndescription: "{promise(chapter)}"\n---',
+        f'---\ntitle: "{module.__name__}"\ndescription: "{promise(chapter)}"\n'
+        "search: false\n---",  # its names would come before the pages that explain them
         f"Derived and tested in [{title(chapter)}](../{chapter.name}). Written by "
         "`make sync` from the library.",
     ]
