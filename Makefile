@@ -38,7 +38,7 @@ sync: .venv/ready  ## format, export the library, clean the notebooks, rewrite l
 docs: .venv/ready  ## render the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto: get it from https://quarto.org/docs/get-started, then run make docs again"; exit 2; }
 	touch README.md
-	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/tests/tools" nbdev_docs
 
 experiments: .venv/ready  ## make the runs of the book that are missing; takes up what was cut (many hours, on a GPU)
 	$(BIN)/las experiments run --results nbs/results

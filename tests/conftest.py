@@ -1,4 +1,4 @@
-import os, shutil, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 
 # tests run side by side; and a run is repeated to the last bit on as many threads only
@@ -50,6 +50,37 @@ def site(tmp_path_factory):
             built.build(shared / "docs")
             (shared / "docs" / "done").touch()
     return shared / "docs" / "site"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    "The wheel, built from a copy of the sources."
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    shutil.copytree(
+        Path(__file__).parents[1],
+        source,
+        ignore=shutil.ignore_patterns(
+            ".venv", ".git", "_proc", "runs", "build", "*.egg-info", "nbs"
+        ),
+        symlinks=True,
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(work),
+            str(source),
+        ],
+        check=True,
+    )
+    return next(work.glob("*.whl"))
 
 
 @pytest.fixture(scope="session")

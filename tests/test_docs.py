@@ -1,13 +1,13 @@
 """Every page as a reader gets it, without Quarto: processed by nbdev, converted by
 pandoc, looked at by Chromium."""
 
-import base64, os, re, shutil, struct, subprocess, sys, zlib
+import ast, base64, importlib, json, os, re, shutil, struct, subprocess, sys, zlib
 import pytest, yaml
 import colab, pages, quarto_themes, reference
 from built import html_name, parsed
 from pages import NBS, ROOT, notebooks
 
-CHAPTERS = [p for p in notebooks() if re.match(r"\d\d_", p.name)]
+CHAPTERS = pages.chapters()
 
 
 def ids(paths):
@@ -215,11 +215,37 @@ def test_the_reference_is_the_library():
     for module in reference.modules():
         text = wanted[f"api/{reference.stem(module)}.qmd"]
         for public in reference.load(module).__all__:
+            if reference.left_out(getattr(reference.load(module), public)):
+                continue
             assert (
                 f"{{#{public}}}" in text
                 or f"`{public}`" in text
                 or f"[{public}]" in text
             ), f"{module}.{public}"
+
+
+def test_reference_begins_with_what_is_called_first(tmp_path):
+    "Every example of it runs as it stands, and stands on the page of its module too."
+    wanted = reference.write()
+    index = wanted["api/index.qmd"]
+    for name, public in reference.FIRST:
+        code = reference.example(name, public)
+        assert index.index(code) < index.index("## All modules")
+        own = wanted[f"api/{reference.stem(name)}.qmd"]
+        assert own.split("## ")[1].startswith(public) and code in own
+    codes = [code for code in reference.FIRST.values()]
+    if not importlib.util.find_spec("transformers"):
+        codes = [code for code in codes if "transformers" not in code]
+    said = f"for code in {codes!r}: exec(code, {{}})"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), LAS_NB_DATA=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", said],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_reference_tables_survive_types_with_bars():
@@ -237,6 +263,7 @@ def test_reference_links_and_headings(site, name):
     for link in page.links:
         follow(site, NBS / name, link, "https://none/")
     front = yaml.safe_load((NBS / name).read_text(encoding="utf-8").split("---")[1])
+    assert front.pop("search", True) == (name == "api/index.qmd")
     assert set(front) == {"title", "description"} and all(front.values())
     assert page.headings[0] == 1 and all(
         b <= a + 1 for a, b in zip(page.headings, page.headings[1:])
@@ -379,7 +406,7 @@ def test_colab_cell_takes_pypi_else_the_repository(tmp_path):
         subprocess.run(
             ["sh", "-c", colab.install()[1:].replace("/content", str(content))],
             env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYPI": pypi},
-            cwd=tmp_path,
+            cwd=content if content.exists() else tmp_path,
         )
         return log.read_text()
 
@@ -393,6 +420,63 @@ def test_colab_cell_takes_pypi_else_the_repository(tmp_path):
         and (content / "grids").exists()
     )
     assert f"git+{pages.git_url()}@{s['branch']}" in run("1")
+
+
+OPENINGS = """
+import ast, json, sys
+for path in json.loads(sys.argv[1]):
+    place = {}
+    for cell in json.load(open(path))["cells"][1:]:
+        code = "".join(cell["source"])
+        if cell["cell_type"] != "code" or not (body := ast.parse(code).body):
+            continue
+        exec(compile(code, path, "exec"), place)
+        if not all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in body):
+            break
+import las_nb
+print(las_nb.__file__)
+"""
+
+
+def test_every_chapter_begins_from_an_empty_folder(wheel, tmp_path):
+    """Its first cell is run as in Colab, with the wheel for what PyPI has and the
+    notebooks alone for the repository; then its imports, and the first cell after."""
+    content, site = tmp_path / "content", tmp_path / "site"
+    (tmp_path / "bin").mkdir()
+    content.mkdir()
+    pip = f"{sys.executable} -m pip install -q --no-deps --no-index --target {site}"
+    scripts = dict(pip=f"exec {pip} {wheel}", git=f"mkdir book && cp -r {NBS} book/nbs")
+    for tool, body in scripts.items():
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    firsts = {pages.source(pages.cells(path)[0]) for path in CHAPTERS}
+    (first,) = firsts  # all the same
+    assert first.endswith(colab.install())
+    subprocess.run(
+        ["sh", "-c", colab.install()[1:].replace("/content", str(content))],
+        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"},
+        cwd=content,
+        check=True,
+    )
+    env = os.environ | dict(PYTHONPATH=str(site), MPLBACKEND="Agg")
+    done = subprocess.run(
+        [sys.executable, "-c", OPENINGS, json.dumps([p.name for p in CHAPTERS])],
+        cwd=content,
+        env=env | dict(LAS_NB_DATA=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith(str(site))
+
+
+def test_chapters_say_what_they_cost():
+    "Time and memory under a title are those that were measured."
+    for path in CHAPTERS:
+        text = "\n".join(map(pages.source, pages.cells(path)))
+        told = pages.cost(path)
+        assert told, f"{path.stem}: run tests/tools/measure.py {path.stem}"
+        assert told in text, f"{path.name}: run `make sync`"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=ids(CHAPTERS))
@@ -484,6 +568,8 @@ def test_pages_fit_and_can_be_read(site, browser, tmp_path):
                 faults.append(f"{name}: {whole} px wide at {width}: {over[:3]}")
             if cut := p.evaluate("broken()"):
                 faults.append(f"{name}: broken in a table at {width}: {cut[:3]}")
+            if tall := p.evaluate("towers()"):
+                faults.append(f"{name}: narrow in a table at {width}: {tall[:3]}")
             shot = tmp_path / f"{name.replace('/', '-')}-{width}.png"
             p.screenshot(path=shot)
             if shot.stat().st_size < 8_000:
@@ -505,6 +591,12 @@ def test_the_look_sees_what_is_wrong(site, browser):
     assert p.evaluate("[wide(), faint(4.5)]") == [[], []]
     bad = "<p style='width: 900px; color: #999'>faint and wide</p>"
     p.evaluate("bad => document.querySelector('main').innerHTML += bad", bad)
+    cell = f"<td style='word-break: break-all; width: 40px'>{'unbroken ' * 40}</td>"
+    table = (
+        f"<table style='table-layout: fixed; display: table'><tr>{cell}</tr></table>"
+    )
+    p.evaluate("bad => document.querySelector('main').innerHTML += bad", table)
+    assert p.evaluate("[broken()[0], towers()[0].slice(0, 8)]") == ["unbroken"] * 2
     wide, faint = p.evaluate("[wide(), faint(4.5)]")
     assert "faint and wide" in wide[0] and faint[0].startswith("153,153,153 on 255")
     p.close()
@@ -525,6 +617,134 @@ def test_first_screen(site, browser):
     p.set_viewport_size(dict(width=390, height=844))
     assert bottom("main a.button") < 500
     p.close()
+
+
+def test_results_come_first(site, browser):
+    """The speed, arena, digits, sMNIST and comparison pages open with what they found:
+    on the first screen of a laptop, and no code above it; the interactive page has none.
+    """
+    p = browser.new_page()
+    first = """() => [...document.querySelectorAll('main figure, main table')]
+      .find(e => e.checkVisibility()).getBoundingClientRect().y"""
+    code = """() => [...document.querySelectorAll('main div.sourceCode')]
+      .filter(e => e.checkVisibility()).map(e => e.getBoundingClientRect().y)"""
+    for name in ("bench", "lra", "digits", "smnist", "compare"):
+        p.goto((site / f"{name}.html").as_uri())
+        for width, most in ((1280, 800), (390, 1300)):
+            p.set_viewport_size(dict(width=width, height=900))
+            y = p.evaluate(first)
+            assert y < most, f"{name}: the first result is {y:.0f} px down at {width}"
+            assert min(p.evaluate(code)) > y, f"{name}: code comes before the result"
+    p.goto((site / "play.html").as_uri())
+    assert p.evaluate(code) == []
+    p.close()
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=ids(notebooks()))
+def test_a_function_is_shown_once(site, path):
+    "With its source or as a signature, not as both; either can be linked to."
+    text = (site / html_name(path.name)).read_text(encoding="utf-8")
+    for cell in pages.cells(path):
+        flags = pages.directives(cell)
+        if not {"export", "exports"} & set(flags) or "hide" in flags:
+            continue
+        for x in ast.parse(re.sub(r"^[!%].*", "", pages.source(cell), flags=re.M)).body:
+            name = getattr(x, "name", "_")
+            if name[0] == "_" or getattr(x, "decorator_list", []):
+                continue
+            # a signature has a heading, and so a section
+            tag = "section" if "export" in flags else "span"
+            assert f'<{tag} id="{name.lower()}"' in text, f"{path.name}: {name}"
+
+
+def test_markdown_that_a_cell_makes_is_shown_as_such():
+    for path in notebooks():
+        for cell in pages.cells(path):
+            made = [o.get("data", {}) for o in cell.get("outputs", [])]
+            if any("text/markdown" in data for data in made):
+                assert pages.directives(cell).get("output") == "asis", path.name
+
+
+def test_formulas_have_the_font_of_the_site(site, browser):
+    """Every letter of every formula is drawn with it, in both modes: none is missing
+    from the file, none comes from the reader's machine; none stands over a brace, which
+    a browser without it puts in the wrong place."""
+    p, faults = browser.new_page(), set()
+    tools = p.context.new_cdp_session(p)
+    tools.send("DOM.enable")
+    tools.send("CSS.enable")
+    for file in sorted(site.rglob("*.html")):
+        text = file.read_text(encoding="utf-8")
+        assert "\u23df" not in text and "\u23de" not in text, f"{file.name}: a brace"
+        if "<math" not in text:
+            continue
+        p.goto(file.as_uri())
+        p.evaluate("document.fonts.ready")
+        root = tools.send("DOM.getDocument")["root"]["nodeId"]
+        query = dict(nodeId=root, selector="math :is(mi, mo, mn, mtext)")
+        for node in tools.send("DOM.querySelectorAll", query)["nodeIds"]:
+            used = tools.send("CSS.getPlatformFontsForNode", dict(nodeId=node))["fonts"]
+            faults |= {
+                f"{file.name}: {f['familyName']}" for f in used if not f["isCustomFont"]
+            }
+    p.close()
+    assert not faults, "\n".join(sorted(faults))
+    fonts = NBS / "fonts"
+    assert (fonts / "stix-two-math.woff2").stat().st_size < 150_000
+    assert "SIL OPEN FONT LICENSE" in (fonts / "OFL.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def search(site, browser):
+    "What the site's search answers to words: pages, the best first."
+    p, docs = browser.new_page(), []
+    left_out = {
+        html_name(p.relative_to(NBS))
+        for p in NBS.glob("api/*.qmd")
+        if "\nsearch: false\n" in p.read_text(encoding="utf-8")
+    }
+    for file in sorted(site.rglob("*.html")):
+        name = file.relative_to(site).as_posix()
+        p.goto(file.as_uri())
+        p.add_script_tag(path=quarto_themes.OUT / "search.js")
+        docs += [] if name in left_out else p.evaluate("indexed", name)
+    p.add_script_tag(path=quarto_themes.OUT / "fuse.min.js")
+    yield lambda words: p.evaluate(
+        "([docs, words]) => found(docs, words)", [docs, words]
+    )
+    p.close()
+
+
+@pytest.mark.parametrize(
+    "words, page",
+    [
+        ("install", "faq.html#install"),
+        ("ELD", "locality.html#eld-the-decayed-scores"),
+        ("locality", "locality.html"),
+        ("mask", "attention.html"),
+        ("las_attention", "function.html"),
+        ("register_las", "adapt.html"),
+        ("interactive", "play.html"),
+    ],
+)
+def test_search_finds_the_page_that_explains(search, words, page):
+    assert search(words)[0].startswith(page), search(words)[:4]
+
+
+def test_numbers_of_chapters_are_the_same_everywhere():
+    "In the sidebar, in the text and in the names of files."
+    sidebar = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    for path in CHAPTERS:
+        number = int(path.stem[:2])
+        assert f"text: {number} " in sidebar.split(f"href: {path.name}")[0][-60:]
+    for path in notebooks():
+        text = "\n".join(map(pages.source, pages.cells(path)))
+        for said, number in re.findall(r"[Cc]hapter (\d+)\]\((\d\d)_", text):
+            assert int(said) == int(number), f"{path.name}: chapter {said}"
+    order = re.findall(r"href: (\S+)", sidebar)
+    assert min(i for i, name in enumerate(order) if "api/" in name) > max(
+        order.index(path.name) for path in CHAPTERS
+    )
 
 
 def test_themes_are_those_of_the_site():

@@ -34,36 +34,6 @@ def closure(*names):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(
-            ".venv", ".git", "_proc", "runs", "build", "*.egg-info", "nbs"
-        ),
-        symlinks=True,
-    )
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            str(work),
-            str(source),
-        ],
-        check=True,
-    )
-    return next(work.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
     """A clean environment: the wheel, and links to torch, fastcore and what they
     require."""

@@ -2,7 +2,7 @@
 
 Quarto itself passes over a misspelt key at most levels. `quarto_keys.py` makes `quarto_keys.json` from Quarto's repository."""
 
-import copy, datetime, difflib, json, shutil, subprocess, sys
+import copy, datetime, difflib, json, shutil
 from pathlib import Path
 import pytest, yaml
 import pages
@@ -137,7 +137,7 @@ def theme_problems(config, where):
 @pytest.fixture(scope="module")
 def processed(tmp_path_factory):
     "What nbdev hands to Quarto."
-    from built import PROCESS
+    from built import process
 
     work = tmp_path_factory.mktemp("quarto")
     for name in ("settings.ini", "_quarto.yml", "README.md"):
@@ -151,9 +151,7 @@ def processed(tmp_path_factory):
                 "__pycache__", ".ipynb_checkpoints", "nbdev.yml"
             ),
         )
-    subprocess.run(
-        [sys.executable, "-c", PROCESS], cwd=work, check=True, capture_output=True
-    )
+    process(work)
     return work
 
 

@@ -1,7 +1,7 @@
 """The site without Quarto: every page processed by nbdev and converted by pandoc; what
 the docs checks look at."""
 
-import functools, json, re, shutil, subprocess, sys
+import functools, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 import yaml
@@ -120,6 +120,19 @@ def convert(source, proc, out, head):
     subprocess.run([*command, "-o", name, *args], cwd=out, check=True)
 
 
+def process(work):
+    "What nbdev hands to Quarto, of the project in `work`."
+    paths = [str(QUARTO.parent), os.environ.get("PYTHONPATH")]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    subprocess.run(
+        [sys.executable, "-c", PROCESS],
+        cwd=work,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
+
+
 def build(work):
     "The folder of the site, made in `work`."
     for name in ("settings.ini", "_quarto.yml", "README.md"):
@@ -131,14 +144,13 @@ def build(work):
             symlinks=True,
             ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
         )
-    subprocess.run(
-        [sys.executable, "-c", PROCESS], cwd=work, check=True, capture_output=True
-    )
+    process(work)
     out, proc = work / "site", work / "_proc"
     out.mkdir()
     for css in (NBS / "styles.css", *QUARTO.glob("*.css")):
         shutil.copy(css, out)
-    shutil.copytree(NBS / "results", out / "results")
+    for folder in ("results", "fonts"):
+        shutil.copytree(NBS / folder, out / folder)
     for path in sorted(proc.rglob("*.qmd")):
         convert(path, proc, out, {})
     for path in sorted(proc.glob("*.ipynb")):

@@ -3,7 +3,7 @@
 Run as a program it joins printed outputs, writes the install cell and the line of links of every page, copies the repository's
 owner from settings.ini, writes the reference (reference.py), and makes README.md and its picture from nbs/index.ipynb."""
 
-import base64, json, re, sys
+import base64, json, math, re, sys
 import colab
 from project import NBS, ROOT, git_url, settings
 
@@ -24,6 +24,10 @@ def notebooks():
         for p in NBS.rglob("*.ipynb")
         if not any(s.startswith((".", "_")) for s in p.relative_to(NBS).parts)
     )
+
+
+def chapters():
+    return [p for p in notebooks() if re.match(r"\d\d_", p.name)]
 
 
 def cells(path):
@@ -58,19 +62,39 @@ def reference_stem(name):
 def badge(path):
     "The line under a title: run it, read its source, its module and its reference."
     name, blob = module(path), f"{git_url()}/blob/{settings()['branch']}"
-    links = [f"[notebook]({blob}/{path.relative_to(ROOT).as_posix()})"]
+    links = [
+        f"[Kaggle]({colab.kaggle(path)})",
+        "[run locally](faq.ipynb#how-do-i-run-a-page-on-my-own-machine)",
+        f"[notebook]({blob}/{path.relative_to(ROOT).as_posix()})",
+    ]
     if name:
         file = f"las_nb/{name.replace('.', '/')}.py"
         page = f"{'../' * (len(path.relative_to(NBS).parts) - 1)}api/{reference_stem(name)}.qmd"
         links += [f"[module]({blob}/{file})", f"[reference]({page})"]
     return (
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab.address(path)}) "
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab.address(path)}) · "
         + " · ".join(links)
     )
 
 
+def cost(path):
+    """What running a page costs, as measure.py found it: seconds of a processor, rounded
+    up, and memory; None for a page that was not measured."""
+    record = json.loads((NBS / "results" / "pages.json").read_text(encoding="utf-8"))
+    if path.stem not in record:
+        return None
+    seconds, mib = record[path.stem]["cpu_seconds"], record[path.stem]["peak_mib"]
+    if seconds > 90:
+        time = f"{math.ceil(seconds / 60)} minutes"
+    else:
+        time = f"{10 * math.ceil(seconds / 10)} seconds"
+    return f"**Time** {time} and {mib / 1024:.1f} GiB to run"
+
+
 def with_head(path, text):
-    "A notebook whose install cells say what `install` says and whose badge says what `badge` says."
+    """A notebook whose install cells say what `install` says, whose badge says what
+    `badge` says, and whose line on time says what `cost` says."""
+    told = cost(path)
     nb = json.loads(text)
     for cell in nb["cells"]:
         if "[ -e /content ]" in source(cell):
@@ -79,6 +103,10 @@ def with_head(path, text):
             cell["source"] = (
                 badge(path) + re.sub(r"\A[^\n]*", "", source(cell))
             ).splitlines(keepends=True)
+        if told and "**Time** " in source(cell):
+            new = re.sub(r"\*\*Time\*\* [^·(,]*?to run", told, source(cell))
+            new = re.sub(r"(?<=\d) to read", " minutes to read", new)
+            cell["source"] = new.splitlines(keepends=True)
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -1,11 +1,13 @@
 """What `make sync` writes from the library: one page of the reference for every module, and their list.
 
-The tables come from the signatures and from the comments beside their arguments (fastcore's docments)."""
+The tables come from the signatures and from the comments beside their arguments (fastcore's docments). What users call
+first (first.py) comes first, with an example."""
 
-import importlib, inspect, re
+import functools, importlib, inspect, re, types
 from dataclasses import is_dataclass
 from fastcore.docments import docments
 import pages
+from first import FIRST
 
 EMPTY = inspect.Parameter.empty
 
@@ -54,7 +56,9 @@ def code(text):
 def default(value):
     if value is EMPTY:
         return ""
-    return getattr(value, "__name__", None) or repr(value)
+    text = getattr(value, "__name__", None) or repr(value)
+    # a register, say, which grows as modules are imported
+    return text if len(text) < 60 else "..."
 
 
 def table(f):
@@ -127,7 +131,7 @@ def arguments(thing):
     )
 
 
-def entry(name, thing, level=2):
+def entry(name, thing, level=2, example=""):
     "One function or class with its methods."
     head = f"{'#' * level} {name} {{#{name}}}"
     own = inspect.getdoc(thing) if thing.__doc__ else ""
@@ -135,6 +139,7 @@ def entry(name, thing, level=2):
         head,
         call(name, thing),
         f"{own}\n" if own else "",
+        example,
         table(arguments(thing)),
         source(thing),
     ]
@@ -150,25 +155,41 @@ def entry(name, thing, level=2):
     return "\n\n".join(p for p in parts if p)
 
 
+def left_out(thing):
+    "Is it another name for a type or a module, which says nothing by itself?"
+    return isinstance(thing, types.ModuleType) or hasattr(thing, "__origin__")
+
+
+def uncached(thing):
+    "The function itself of one that keeps its answers."
+    return inspect.unwrap(thing) if hasattr(thing, "cache_info") else thing
+
+
+def example(name, public):
+    code = FIRST.get((name, public))
+    return f"```python\n{code.strip()}\n```" if code else ""
+
+
 def page(name, chapter):
     "The reference of one module."
     module = load(name)
     out = [
-        f'---\ntitle: "{module.__name__}"\ndescription: "{promise(chapter)}"\n---',
+        f'---\ntitle: "{module.__name__}"\ndescription: "{promise(chapter)}"\n'
+        "search: false\n---",  # its names would come before the pages that explain them
         f"Derived and tested in [{title(chapter)}](../{chapter.name}). Written by "
         "`make sync` from the library.",
     ]
     constants = []
-    for public in module.__all__:
-        thing = getattr(module, public)
+    for public in sorted(module.__all__, key=lambda n: (name, n) not in FIRST):
+        thing = uncached(getattr(module, public))
         if inspect.isfunction(thing) or inspect.isclass(thing):
             if thing.__module__ == module.__name__:
-                out.append(entry(public, thing))
+                out.append(entry(public, thing, example=example(name, public)))
             else:
                 lib = pages.settings()["lib_name"]
                 home = stem(thing.__module__.removeprefix(f"{lib}."))
                 constants.append(f"- [{public}]({home}.qmd#{public})")
-        else:
+        elif not left_out(thing):
             constants.append(f"- `{public}`: {constant(thing)}")
     if constants:
         out.insert(2, "\n".join(constants))
@@ -209,25 +230,56 @@ def promise(path):
     return head(path).group(2).replace('"', "'")
 
 
+# the rooms of the list of modules, by the beginning of their names
+GROUPS = {
+    "LaS, fast": ("fast",),
+    "Layers": ("mixers",),
+    "Tasks": ("tasks",),
+    "Training": ("train", "settings"),
+    "Results": ("results",),
+    "Commands, measurements, plumbing": (
+        *("cli", "_command", "_util", "__main__", "bench", "cluster", "compare"),
+        *("digits", "experiments", "lengths", "race", "streaming"),
+    ),
+}
+DERIVED = "The derivation, the model, other people's models"
+
+
+@functools.cache
+def group(name):
+    "The heading under which a module is listed."
+    top = name.split(".")[0]
+    return next((g for g, tops in GROUPS.items() if top in tops), DERIVED)
+
+
+def opening(public, name):
+    "One of the functions that are called first: what it does, and an example."
+    thing = getattr(load(name), public)
+    told = inspect.getdoc(thing).split("\n\n")[0].replace("\n", " ")
+    link = f"[all arguments]({stem(name)}.qmd#{public})"
+    head = f"### {public} {{#{public}}}"
+    return f"{head}\n\n{told} ({link})\n\n{example(name, public)}"
+
+
 def listing(names):
-    "The list of all modules."
-    rows = [
-        f"| [{load(n).__name__}]({stem(n)}.qmd) | {cell(promise(c))} | "
-        f"[{title(c)}](../{c.name}) |"
-        for n, c in names.items()
+    "What is called first, then the list of all modules."
+    out = [
+        '---\ntitle: "Reference"\ndescription: "Every public function and class, with '
+        'its arguments, shapes and units."\n---',
+        "## What is called first",
+        *(opening(public, name) for name, public in FIRST),
+        "## All modules",
     ]
-    return (
-        "\n".join(
-            [
-                '---\ntitle: "Reference"\ndescription: "Every public function and '
-                'class, with its arguments, shapes and units."\n---\n',
-                "| module | what for | page |",
-                "|:---|:------|:---|",
-                *rows,
-            ]
-        )
-        + "\n"
-    )
+    for heading in (DERIVED, *GROUPS):
+        rows = [
+            f"| [{load(n).__name__}]({stem(n)}.qmd) | {cell(promise(c))} | "
+            f"[{title(c)}](../{c.name}) |"
+            for n, c in names.items()
+            if group(n) == heading
+        ]
+        table = ["| module | what for | page |", "|:---|:------|:---|", *rows]
+        out += [f"### {heading}", "\n".join(table)]
+    return "\n\n".join(out) + "\n"
 
 
 def stem(name):

@@ -20,11 +20,28 @@ function wide() {
     .map((e) => `${e.tagName} ${e.className} ${e.textContent.trim().slice(0, 50)}`);
 }
 
-// Names in tables that break inside.
+// Words and names in tables that break inside; after a hyphen, slash or bracket they may.
 function broken() {
-  return [...document.querySelectorAll("td code, th code")]
-    .filter((e) => /^[\w.]+$/.test(e.textContent) && e.getClientRects().length > 1)
-    .map((e) => e.textContent);
+  const found = [];
+  for (const table of document.querySelectorAll("main table")) {
+    const walk = document.createTreeWalker(table, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode())
+      for (const word of walk.currentNode.data.matchAll(/[^\s\-\/\[\](){}]+/g)) {
+        const range = document.createRange();
+        range.setStart(walk.currentNode, word.index);
+        range.setEnd(walk.currentNode, word.index + word[0].length);
+        const lines = new Set([...range.getClientRects()].map((r) => Math.round(r.top)));
+        if (lines.size > 1) found.push(word[0]);
+      }
+  }
+  return found;
+}
+
+// Cells of tables that are a tower of words: they need room, and the table a scroll bar.
+function towers() {
+  return [...document.querySelectorAll("main td")]
+    .filter((e) => e.offsetHeight > 350 && e.offsetWidth < 140)
+    .map((e) => e.textContent.trim().slice(0, 40));
 }
 
 function dress(mode) {
