@@ -245,12 +245,13 @@ typedef struct {
     vec all[TILE]; /* denominators, in eight parts */
 } running;
 
-/* some rows of one tile of keys more, `apart` steps before */
-INLINE void soften(running *s, const decays *e, long i, float *x, long P, long apart,
-                   float far)
+/* a row of one tile of keys more, `apart` steps before: its first n scores */
+INLINE void soften(running *s, const decays *e, long i, float *x, long n, long P,
+                   long apart)
 {
     vec most = (vec){} - INFINITY, part = {};
-    for (long j = 0; j < TILE; j += LANES) {
+    float far = apart ? before(e, i, apart) : 0;
+    for (long j = 0; j < n; j += LANES) {
         long at = place(i, apart) + j;
         vec y = AT(x + j);
         if (apart) y *= far * AT(e->col + j);
@@ -260,7 +261,7 @@ INLINE void soften(running *s, const decays *e, long i, float *x, long P, long a
     }
     float old = s->top[i], now = largest(most);
     now = old > now ? old : now;
-    for (long j = 0; j < TILE; j += LANES) {
+    for (long j = 0; j < n; j += LANES) {
         vec y = power(AT(x + j) - now);
         AT(x + j) = y;
         part += y;
@@ -279,13 +280,14 @@ static void see(running *s, const decays *e, const float *keys, const float *val
 {
     for (long i = 0; i < s->n; i += STRIP) {
         long some = s->n - i < STRIP ? s->n - i : STRIP;
-        matmul(some, TILE, P, s->q + i * P, P, 1, keys, TILE, s->scores, TILE, 0);
+        long n = apart ? TILE : (i + some + 15) / 16 * 16; /* later keys are not seen */
+        matmul(some, n, P, s->q + i * P, P, 1, keys, TILE, s->scores, TILE, 0);
         for (long r = i; r < i + some; r++) {
             float *x = s->scores + (r - i) * TILE;
-            if (apart) soften(s, e, r, x, P, apart, before(e, r, apart));
-            else soften(s, e, r, x, P, 0, 0);
+            if (apart) soften(s, e, r, x, TILE, P, apart);
+            else soften(s, e, r, x, n, P, 0);
         }
-        matmul(some, P, TILE, s->scores, TILE, 1, values, P, s->sum + i * P, P, 1);
+        matmul(some, P, n, s->scores, TILE, 1, values, P, s->sum + i * P, P, 1);
     }
 }
 """
@@ -362,13 +364,14 @@ static void exchange(const gradients *x, const decays *e, long P, long m0, long 
 {
     float *q = x->q + m0 * P, *g = x->g + m0 * P, *dq = x->dq + m0 * P;
     int diagonal = m0 < n0 + TILE;
-    matmul(ROWS, TILE, P, q, P, 1, x->kt, TILE, x->weights, TILE, 0);
-    matmul(ROWS, TILE, P, g, P, 1, x->vt, TILE, x->d_scores, TILE, 0);
+    long n = diagonal ? m0 - n0 + ROWS : TILE; /* later keys are not seen */
+    matmul(ROWS, n, P, q, P, 1, x->kt, TILE, x->weights, TILE, 0);
+    matmul(ROWS, n, P, g, P, 1, x->vt, TILE, x->d_scores, TILE, 0);
     for (long i = 0; i < ROWS; i++) {
         float *w = x->weights + i * TILE, *ds = x->d_scores + i * TILE;
         float lse = x->lse[m0 + i], delta = x->delta[m0 + i];
         float far = diagonal ? 0 : before(e, i, m0 - n0);
-        for (long j = 0; j < TILE; j += LANES) {
+        for (long j = 0; j < n; j += LANES) {
             long at = diagonal ? place(i, m0 - n0) + j : 0;
             vec decay = AT(e->gap + at);
             if (!diagonal) decay = far * AT(e->col + j);
@@ -378,9 +381,9 @@ static void exchange(const gradients *x, const decays *e, long P, long m0, long 
             AT(ds + j) = y * (AT(ds + j) - delta) * decay;
         }
     }
-    matmul(TILE, P, ROWS, x->weights, 1, TILE, g, P, x->dv, P, 1);
-    matmul(TILE, P, ROWS, x->d_scores, 1, TILE, q, P, x->dk, P, 1);
-    matmul(ROWS, P, TILE, x->d_scores, TILE, 1, x->k, P, dq, P, 1);
+    matmul(n, P, ROWS, x->weights, 1, TILE, g, P, x->dv, P, 1);
+    matmul(n, P, ROWS, x->d_scores, 1, TILE, q, P, x->dk, P, 1);
+    matmul(ROWS, P, n, x->d_scores, TILE, 1, x->k, P, dq, P, 1);
 }
 
 /* delta of every query, and what queries from each tile on give to far values */
@@ -573,7 +576,7 @@ def _built(compiler: list[str]) -> ctypes.CDLL:
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     "The kernel, or what it lacks."
-    compiler = _compiler()
+    compiler = None if os.name == "nt" else _compiler()
     if os.environ.get("LAS_NB_NATIVE") == "0":
         return None, "LAS_NB_NATIVE to be unset"
     if compiler is None:
