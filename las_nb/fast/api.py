@@ -407,7 +407,8 @@ def _las_native(
     if pool == "weights":
         tol = tol / max(1.0, _window_gain(window))
         v, window = smooth_values(v, window, causal, lengths), 1
-    bounds = tuple(s * _window_gain(window) for s in norms)
+    gain = _window_gain(window)
+    bounds = tuple(s * gain for s in norms)
     one = functools.partial(native_attention, speeds=speeds, tol=tol, bounds=bounds)
     if causal:
         o, _ = one(q, k, v, window=_as_tuple(window))
@@ -565,6 +566,8 @@ def gpu_kernels(
 # %% ../../nbs/function.ipynb #6e55808d
 def _all_between(low: float, values: Any, high: float) -> bool:
     "Is every one a number, not a tensor, from `low` up to, not including, `high`?"
+    if type(values) is tuple and {*map(type, values)} == {float}:  # quickly
+        return all(low <= x < high for x in values)
     good = isinstance(values, (tuple, list)) or getattr(values, "ndim", 0) == 1
     good = good and all(isinstance(x, numbers.Real) for x in values)
     if not good or not all(map(_is_float, values)):

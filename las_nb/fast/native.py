@@ -316,7 +316,8 @@ static int forward_unit(const call *c, long bh, long share, long shares)
         transpose(y, P, keys + t * TILE * P);
         pack(c, v, c->v.row, t * TILE, TILE, 1, y);
         for (long d = 0; d < P; d++) sums[t * P + d] = total[d];
-        for (long i = 0; i < TILE * P; i++) total[i % P] += y[i];
+        for (long i = 0; i < TILE; i++, y += P)
+            for (long d = 0; d < P; d++) total[d] += y[d];
     }
     for (long m = n - 1 - share; m >= 0; m -= shares) {
         long m0 = m * TILE, far = m0 < c->first[h] ? 0 : (m0 - c->reach[h]) / TILE;
@@ -359,15 +360,17 @@ typedef struct {
     float *k, *kt, *vt, *dk, *dv, *weights, *d_scores;  /* of a tile */
 } gradients;
 
-/* what ROWS queries from m0 on and a tile of keys from n0 on give to each other */
-static void exchange(const gradients *x, const decays *e, long P, long m0, long n0)
+/* what some queries from m0 on and a tile of keys from n0 on give to each other */
+static void exchange(const gradients *x, const decays *e, long P, long m0, long n0,
+                     long some)
 {
     float *q = x->q + m0 * P, *g = x->g + m0 * P, *dq = x->dq + m0 * P;
     int diagonal = m0 < n0 + TILE;
-    long n = diagonal ? m0 - n0 + ROWS : TILE; /* later keys are not seen */
-    matmul(ROWS, n, P, q, P, 1, x->kt, TILE, x->weights, TILE, 0);
-    matmul(ROWS, n, P, g, P, 1, x->vt, TILE, x->d_scores, TILE, 0);
-    for (long i = 0; i < ROWS; i++) {
+    /* later keys are not seen */
+    long n = diagonal ? (m0 - n0 + some + 15) / 16 * 16 : TILE;
+    matmul(some, n, P, q, P, 1, x->kt, TILE, x->weights, TILE, 0);
+    matmul(some, n, P, g, P, 1, x->vt, TILE, x->d_scores, TILE, 0);
+    for (long i = 0; i < some; i++) {
         float *w = x->weights + i * TILE, *ds = x->d_scores + i * TILE;
         float lse = x->lse[m0 + i], delta = x->delta[m0 + i];
         float far = diagonal ? 0 : before(e, i, m0 - n0);
@@ -381,9 +384,9 @@ static void exchange(const gradients *x, const decays *e, long P, long m0, long 
             AT(ds + j) = y * (AT(ds + j) - delta) * decay;
         }
     }
-    matmul(n, P, ROWS, x->weights, 1, TILE, g, P, x->dv, P, 1);
-    matmul(n, P, ROWS, x->d_scores, 1, TILE, q, P, x->dk, P, 1);
-    matmul(ROWS, P, n, x->d_scores, TILE, 1, x->k, P, dq, P, 1);
+    matmul(n, P, some, x->weights, 1, TILE, g, P, x->dv, P, 1);
+    matmul(n, P, some, x->d_scores, 1, TILE, q, P, x->dk, P, 1);
+    matmul(some, P, n, x->d_scores, TILE, 1, x->k, P, dq, P, 1);
 }
 
 /* delta of every query, and what queries from each tile on give to far values */
@@ -453,7 +456,7 @@ static int backward_unit(const call *c, const int64_t *unit, float **part)
         for (long i = 0; i < TILE; i++)
             memcpy(x.dv + i * P, x.far + end * P, sizeof(float) * P);
         for (long m0 = n0; m0 < end * TILE && m0 < L; m0 += ROWS)
-            exchange(&x, &e, P, m0, n0);
+            exchange(&x, &e, P, m0, n0, L - m0 < ROWS ? (L - m0 + 1) / 2 * 2 : ROWS);
         for (long i = 0; i < TILE && n0 + i < L; i++)
             for (long d = 0; d < D; d++) {
                 dk[(n0 + i) * c->dk.row + d] = x.dk[i * P + d] * 0.6931471805599453f;
