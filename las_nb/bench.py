@@ -46,9 +46,10 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 from ._command import guarded
 from ._util import check_choice, commit_id, read_json, refuse, replace_file
-from .fast import las_attention
+from .fast import Band, las_attention
 from .fast.flex import compiled_flex
-from .fast.native import native_attention, native_works, why_not_native
+from .fast.native import largest_norms, native_attention, native_works
+from .fast.native import reach_of, why_not_native
 from .fast.plan import Group, cost, costs_file, plan_call
 from .las import POOLS, las_dense
 from .locality import exact_rates
@@ -741,6 +742,22 @@ def _heads_of(trained: str) -> tuple[int, int]:
 
 
 # %% ../nbs/16_bench.ipynb #4a00acfa
+def _plan_of(
+    case: Case, a: list[torch.Tensor], rates: tuple[float, ...]
+) -> list[Group]:
+    "Which heads go which way, and how far those of the kernel in C read."
+    if case.device != "cpu" or case.dtype == "float64" or not native_works():
+        return plan_call(a[0], a[1], rates, "auto", case.tol, None)[0]
+    groups = []
+    norms = largest_norms(*(t.detach().float() for t in a))
+    for h, (rate, q, k) in enumerate(zip(rates, *norms[:2])):
+        bound = max(1.0, q * k / math.sqrt(case.width))
+        reach, first, _ = reach_of(rate, case.L, bound, case.tol)
+        band = Band(64, reach, 0, (first - reach) // 64) if first < case.L else None
+        groups.append(Group("native", (h,), band))
+    return groups
+
+
 def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
     "Everything about one case, for the results file."
     found, skipped = compare_ways(case, ways, rounds)
@@ -750,10 +767,7 @@ def measure(case: Case, ways: Sequence[str], rounds: int) -> dict[str, Any]:
         result["error"] = error_of(name, case)
         result["memory"] = peak_memory(name, case) if fits else None
     a, rates = make_inputs(case)
-    groups, _ = plan_call(a[0], a[1], rates, "auto", case.tol, None)
-    if a[0].dtype == torch.float32 and case.device == "cpu" and native_works():
-        if any(g.method != "dense" for g in groups):
-            groups = [Group("native", tuple(range(case.heads)))]
+    groups = _plan_of(case, a, rates)
     return case._asdict() | dict(
         ways=found,
         skipped=skipped,
