@@ -119,14 +119,14 @@ function digits(root, data) {
     svg.replaceChildren();
     const side = Math.min(150, (W - 30) / 2), cell = side / 8, said = [];
     answers.forEach(({name, logits, maps}, k) => {
-      const weights = maps[b][h][i], top = Math.max(...weights), left = k * (side + 30);
-      shape(svg, "text", {x: left, y: 12}, `${name} looks here`);
+      const weights = maps[b][h][i], label = k ? "plain attention" : name, top = Math.max(...weights), left = k * (side + 30);
+      shape(svg, "text", {x: left, y: 12}, `${label} looks here`);
       for (let j = 0; j < 64; j++)
         shape(svg, "rect", {x: left + j % 8 * cell, y: 20 + Math.floor(j / 8) * cell, width: cell - 1, height: cell - 1, fill: k ? GREY : BLUE, "fill-opacity": j > i ? 0 : .05 + .95 * Math.sqrt(weights[j] / top), stroke: j === i ? RED : "currentColor", "stroke-opacity": j === i ? 1 : .15, "stroke-width": j === i ? 2 : 1});
       const best = logits.indexOf(Math.max(...logits)), odds = logits.map(l => Math.exp(l - logits[best])), sum = odds.reduce((a, c) => a + c);
       const step = (W - 50) / 10, bar = step * .36;
       odds.forEach((o, d) => shape(svg, "rect", {x: 44 + d * step + k * bar, y: 290 - 90 * o / sum, width: bar, height: 90 * o / sum, fill: k ? GREY : BLUE}));
-      said.push(`${name} reads a ${best} (${(100 / sum).toFixed(0)} %)`);
+      said.push(`${label} reads a ${best} (${(100 / sum).toFixed(0)} %)`);
       root.dataset[k ? "plain" : "las"] = JSON.stringify({logits, weights});
     });
     axes(svg, {left: 36, right: W - 4, top: 195, bottom: 290}, {x: d => 44 + (d + .36) * (W - 50) / 10, y: v => 290 - 90 * v, xs: [...Array(10).keys()].map(d => [d, `${d}`]), ys: [[0, "0"], [1, "1"]], xname: "answer: LaS blue, plain attention grey", yname: ""});
