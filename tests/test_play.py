@@ -3,6 +3,7 @@ functions of the library."""
 
 import json
 import pytest, torch
+from las_nb import LaSTransformer
 from las_nb.attention import masked_softmax
 from las_nb.locality import locality_kernel
 from las_nb.smoothing import smooth_scores, smooth_weights
@@ -95,22 +96,97 @@ def test_row_follows_the_keyboard_and_the_library(page):
             )
 
 
+def read_by_library(data, folder, grey, block, head, query):
+    "Logits, and the weights of one query, of a stored model with weights as in the page."
+    model = LaSTransformer.from_pretrained(NBS / "results" / folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.half())
+        values = (torch.tensor(grey).float() - data["mean"]) / data["std"]
+        x = model.embed(values[None, :, None])  # (1, 64, 48)
+        for b in model.blocks[: block - 1]:
+            x = b(x)
+        b = model.blocks[block - 1]
+        weights = b.mixer.weights(b.norm1(x))[0, head, query, : query + 1]
+        return model(values[None, :, None])[0], weights
+
+
+def test_a_digit_is_read_as_the_library_reads_it(page):
+    figure, data = page.locator("#play-digits"), stored("digits")
+    assert sum(len(net["weights"]) for net in data["nets"].values()) < 1_000_000
+
+    def agree(grey, block, head, query):
+        for key, folder in (("las", "digits-las"), ("plain", "digits-plain")):
+            said = json.loads(figure.get_attribute(f"data-{key}"))
+            want = read_by_library(data, folder, grey, block, head, query)
+            for got, wanted in zip((said["logits"], said["weights"]), want):
+                torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-4, rtol=0)
+
+    agree(data["digits"][3], 3, 1, 44)
+    for name, key, times in (("block", "ArrowLeft", 2), ("query", "ArrowRight", 9)):
+        figure.locator(f"[name={name}]").focus()
+        for _ in range(times):
+            page.keyboard.press(key)
+    figure.locator("[name=digit]").focus()
+    page.keyboard.press("ArrowRight")
+    agree(data["digits"][4], 1, 1, 53)
+    assert "It is a 4." in figure.locator("p").inner_text()
+    # drawn: by keyboard, the first pixel and the one below it; by pointer, the last
+    figure.locator("[name=clear]").click()
+    picture = figure.locator(".picture")
+    picture.focus()
+    for key in (" ", "ArrowDown", " ", " "):
+        page.keyboard.press(key)
+    box = picture.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] - 5)
+    page.mouse.down()
+    page.mouse.up()
+    drawn = [0] * 64
+    drawn[0], drawn[8], drawn[63] = 8, 16, 12
+    agree(drawn, 1, 1, 53)
+    assert "It is" not in figure.locator("p").inner_text()
+
+
+def test_text_is_as_large_on_a_phone(page):
+    "Text of figures is drawn at 11 pixels or more, none over another or outside."
+    for width in (390, 1280):
+        page.set_viewport_size(dict(width=width, height=900))
+        page.wait_for_timeout(100)
+        for name in ("digits", "row", "cost"):
+            boxes = page.locator(f"#play-{name} > svg[role=img] text").evaluate_all(
+                """(texts) => texts.filter(t => t.textContent).map(t => {
+                  const r = t.getBoundingClientRect();
+                  const frame = t.ownerSVGElement.getBoundingClientRect();
+                  const scale = frame.width / t.ownerSVGElement.viewBox.baseVal.width;
+                  const size = parseFloat(getComputedStyle(t).fontSize) * scale;
+                  const inside = r.left > frame.left - 1 && r.right < frame.right + 1
+                    && r.bottom < frame.bottom + 1;
+                  return [t.textContent, size, inside, r.left, r.top, r.right, r.bottom];
+                })"""
+            )
+            assert len(boxes) > 8
+            for text, size, inside, *_ in boxes:
+                assert size >= 11 and inside, f"{name} at {width}: {text} {size:.0f}"
+            for i, (a, *_, l, t, r, b) in enumerate(boxes):
+                for c, *_, l2, t2, r2, b2 in boxes[:i]:
+                    apart = l >= r2 or l2 >= r or t >= b2 - 3 or t2 >= b - 3
+                    assert apart, f"{name} at {width}: {a} over {c}"
+
+
 def test_tab_reaches_every_control(page):
-    count = (
-        page.locator(".play input[type=range]").count()
-        + page.locator(".play fieldset").count()
-    )
+    controls = (".play input[type=range]", ".play fieldset", ".play form button")
+    count = sum(page.locator(c).count() for c in controls)
     seen = set()
-    page.locator("#play-row [name=alpha]").focus()
-    for _ in range(count + 3):
+    page.locator("#play-digits [name=digit]").focus()
+    for _ in range(count + 5):
         seen.add(
             page.evaluate(
                 "document.activeElement.closest('.play') ? document.activeElement.name "
-                ": ''"
+                "?? 'picture' : ''"
             )
         )
         page.keyboard.press("Tab")
-    assert len(seen - {""}) == count == 8
+    assert len(seen - {"", "picture"}) == count == 13 and "picture" in seen
 
 
 def test_cost_reads_the_measurements(page):
@@ -141,7 +217,7 @@ def test_still_pictures_where_no_script_runs(site, browser):
     context = browser.new_context(java_script_enabled=False)
     p = context.new_page()
     p.goto((site / "play.html").as_uri())
-    for name in ("row", "cost"):
+    for name in ("digits", "row", "cost"):
         still = p.locator(f"#play-{name} .still")
         assert (
             still.is_visible()
@@ -157,9 +233,9 @@ def test_figures_in_light_and_dark(page):
         page.evaluate(
             f"document.body.style.cssText = 'background: {ground}; color: {ink}'"
         )
-        for name in ("row", "cost"):
+        for name in ("digits", "row", "cost"):
             assert (
-                page.locator(f"#play-{name} svg text").first.evaluate(
+                page.locator(f"#play-{name} > svg[role=img] text").first.evaluate(
                     "e => getComputedStyle(e).fill"
                 )
                 == ink

@@ -4,7 +4,7 @@ const COLOURS = {plain: GREY, auto: BLUE, linear: GREEN, dense: RED}, DASHES = {
 const UNITS = {seconds: ["seconds", 1, 3], memory: ["MiB", 2 ** -20, 1]};
 
 function cost(root, data) {
-  const {form, svg, words} = stage(root, 680, 330, "Cost against sequence length, both axes logarithmic");
+  const {form, svg, words, wide} = stage(root, 330, "Cost against sequence length, both axes logarithmic");
   const rates = [...new Set(data.cases.map(c => c.max_rate))].sort((a, b) => b - a), lengths = [...new Set(data.cases.map(c => c.L))].sort((a, b) => a - b);
   const rate = choice(form, "rate", "largest decay rate", rates.map(r => [`${r}`, `${r}`]), `${rates[0]}`);
   const unit = choice(form, "unit", "show", [["seconds", "time"], ["memory", "memory"]], "seconds");
@@ -17,11 +17,11 @@ function cost(root, data) {
     const value = (c, way) => c.ways[way]?.[unit()] > 0 ? c.ways[way][unit()] * factor : null;
     const all = data.cases.flatMap(c => Object.keys(NAMES).map(w => value(c, w))).filter(v => v !== null);
     const low = Math.floor(Math.log10(Math.min(...all))), high = Math.ceil(Math.log10(Math.max(...all)));
-    const x = l => 70 + 560 * Math.log2(l / lengths[0]) / Math.log2(lengths.at(-1) / lengths[0]);
+    const right = wide() - 30, x = l => 70 + (right - 90) * Math.log2(l / lengths[0]) / Math.log2(lengths.at(-1) / lengths[0]);
     const y = v => 280 - 260 * (Math.log10(v) - low) / (high - low);
     svg.replaceChildren();
     const powers = Array.from({length: high - low + 1}, (_, k) => [10 ** (low + k), `${+(10 ** (low + k)).toPrecision(1)}`]);
-    axes(svg, {left: 70, right: 650, top: 20, bottom: 280}, {x, y, xs: lengths.filter((_, k) => k % 2 === 0).map(l => [l, l.toLocaleString("en")]), ys: powers, xname: "length (tokens)", yname: name});
+    axes(svg, {left: 70, right, top: 20, bottom: 280}, {x, y, xs: lengths.filter((_, k) => k % (right < 400 ? 4 : 2) === 0).map(l => [l, l.toLocaleString("en")]), ys: powers, xname: "length (tokens)", yname: name});
     shape(svg, "line", {x1: x(L), x2: x(L), y1: 20, y2: 280, stroke: "currentColor", "stroke-dasharray": "2 4"});
     const here = cases.find(c => c.L === L), said = [];
     Object.keys(NAMES).forEach((way, k) => {
@@ -37,6 +37,6 @@ function cost(root, data) {
     words.textContent = said.length ? `At ${L.toLocaleString("en")} tokens, ${name}: ${said.join(", ")}.${ratio}` : `Not measured at ${L.toLocaleString("en")} tokens with this rate.`;
     root.dataset.ratio = a && b ? b / a : "";
   }
-  form.addEventListener("input", draw);
+  form.addEventListener("input", draw); root.addEventListener("resized", draw);
   draw();
 }

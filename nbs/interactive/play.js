@@ -41,14 +41,27 @@ function choice(form, name, legend, options, value) {
   return () => set.querySelector("input:checked").value;
 }
 
-function stage(root, width, height, label) {
+// A figure is as wide as its page, up to 680 pixels, and its text as large everywhere.
+function stage(root, height, label) {
   const form = document.createElement("form");
   form.dataset.id = root.id;
   form.addEventListener("submit", e => e.preventDefault());
-  const svg = shape(root, "svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label});
+  const svg = shape(root, "svg", {role: "img", "aria-label": label});
   svg.before(form);
   const words = document.createElement("p");
   words.setAttribute("aria-live", "polite");
   root.append(words); root.classList.add("live");
-  return {form, svg, words};
+  const wide = () => {
+    const style = getComputedStyle(root), inner = root.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    const width = Math.max(240, Math.min(680, Math.floor(inner)));
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    svg.style.maxWidth = `${width}px`;
+    return width;
+  };
+  let before = root.clientWidth;
+  new ResizeObserver(() => {
+    if (root.clientWidth !== before) root.dispatchEvent(new Event("resized"));
+    before = root.clientWidth;
+  }).observe(root);
+  return {form, svg, words, wide};
 }

@@ -272,13 +272,12 @@ def listing(names):
     ]
     for heading in (DERIVED, *GROUPS):
         rows = [
-            f"| [{load(n).__name__}]({stem(n)}.qmd) | {cell(promise(c))} | "
-            f"[{title(c)}](../{c.name}) |"
+            f"- [{load(n).__name__}]({stem(n)}.qmd): {promise(c)} "
+            f"([{title(c)}](../{c.name}))"
             for n, c in names.items()
             if group(n) == heading
         ]
-        table = ["| module | what for | page |", "|:---|:------|:---|", *rows]
-        out += [f"### {heading}", "\n".join(table)]
+        out += [f"### {heading}", "\n".join(rows)]
     return "\n\n".join(out) + "\n"
 
 
