@@ -24,6 +24,8 @@ __all__ = [
     "Goal",
     "Classes",
     "Numbers",
+    "Forecast",
+    "Windows",
     "measure",
     "Passages",
     "in_text",
@@ -42,7 +44,8 @@ from .task import bounds, describe, trivial, understood
 from .._util import DataError
 from .sequences import Batch, Sequences, batches, epoch_order
 from .sequences import reading_order, shuffled, hold_out
-from .goals import Goal, Classes, Numbers, measure
+from .goals import Goal, Classes, Numbers, Forecast, measure
+from .series import Windows
 from .passages import Passages, in_text
 from .preparation import Preparation, answers, prepared
 from .preparation import stored_preparation
@@ -83,6 +86,8 @@ _all_ = [
     "Goal",
     "Classes",
     "Numbers",
+    "Forecast",
+    "Windows",
     "measure",
     "Passages",
     "in_text",

@@ -22,12 +22,13 @@ import torch
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from .._util import DataError, check_choice
-from ..settings import Table
+from ..settings import Series, Table
 from ._files import data_root
 from ._tidy import call_loader, tidy
-from .goals import Classes, Goal, measure
+from .goals import Classes, Forecast, Goal, measure
 from .preparation import Preparation
 from .sequences import Batch, Sequences
+from .series import array_series, read_series, series_facts
 from .tables import file_facts, own_facts, raw_arrays, raw_dataset
 
 
@@ -118,6 +119,22 @@ class Task(Facts):
         given = {part: data for part, data in parts.items() if data is not None}
         return cls(**own_facts(raw_dataset(given), goal, length))
 
+    @classmethod
+    def from_series(
+        cls,
+        x: Any,  # a file as of from_csv, or an array `(T,)` or `(T, channels)`
+        forecast: int,  # values that are asked for, from the next one on
+        length: int | None = None,  # values that are read; None: twice as many
+        values: str | None = None,  # columns of the file: a,b,c; None: all numbers
+        time: str | None = None,  # column that rises; None: date, time or the like
+        **how: Any,  # patch, scaling, season, quantiles: see settings.Series
+    ) -> "Task":
+        "Later values of a series; raises `DataError` for what is none."
+        named = isinstance(x, (str, Path))
+        table = Table(values=values, time=time)
+        found = read_series(x, table) if named else array_series(x)
+        return cls(**series_facts(found, Series(forecast, **how), length))
+
 
 # %% ../../nbs/task.ipynb #92afe8a4
 TASKS: dict[str, Task] = {}  # name -> task
@@ -135,7 +152,8 @@ def register_task(
 def _no_file(*_: Any, **__: Any) -> dict[str, Any]:
     "Say what the task of a person's own data lacks."
     raise DataError(
-        "table is a file of your own: las train --data PATH --target COLUMN"
+        "this is for a file of your own: las train --data PATH --target COLUMN, or "
+        "--forecast STEPS"
     )
 
 
@@ -151,6 +169,15 @@ register_task(
         any_length=True,
         any_data=True,
         presets=dict(fast=_OWN, smoke=_OWN_SMOKE),
+    ),
+)
+_SERIES = dict(dim=32, depth=2, norm="layer", readout="last", lr=2e-3, epochs=20)
+_SERIES |= dict(batch_size=32)
+register_task(
+    "series",
+    TASKS["table"]._replace(
+        presets=dict(fast=_SERIES, smoke=_SERIES | dict(epochs=1, limit=64)),
+        goal=Forecast(),
     ),
 )
 
@@ -263,7 +290,7 @@ def understood(
         floors += [
             f"{name} {score:.1f} %" for name, score in bounds(task, splits)[0].items()
         ]
-    return f"{task.note}\nwithout reading, on the test: {'; '.join(floors)}"
+    return f"{task.note}\n{goal.floor}, on the test: {'; '.join(floors)}"
 
 
 # %% ../../nbs/task.ipynb #8a9de909
