@@ -8,8 +8,9 @@ __all__ = ["Predictor", "load", "predict_file"]
 # %% ../nbs/predict.ipynb #61c26efd
 import csv, io
 import torch
+from fastcore.basics import patch
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 from ._util import DataError, TrainingError, at_home, replace_file
 from .model import LaSTransformer
 from .settings import Table
@@ -29,6 +30,7 @@ class Predictor:
     preparation: Preparation
     device: str | torch.device
     size: int
+    forecast: Callable[[Any], torch.Tensor]  # added below
 
     def __init__(
         self,
@@ -77,20 +79,6 @@ class Predictor:
         "How likely the model holds each class of `preparation.classes`."
         return self.outputs(self.sequences(x, lengths)).softmax(-1)
 
-    @torch.no_grad()
-    def forecast(
-        self,
-        x: Any,  # a series `(T,)` or `(T, channels)`; its end is read
-    ) -> torch.Tensor:  # `(quantiles, ahead, channels)`, or `(ahead, channels)`
-        "The next values; raises `DataError` where the model makes no forecasts."
-        if self.preparation.goal != "forecast":
-            raise DataError("this model answers once per sequence: call it")
-        found = x if isinstance(x, Readings) else array_series(x)
-        batch = next_windows(self.preparation, found)
-        outputs = self.model(batch.inputs.to(self.device)).float().cpu()
-        values = in_unit(self.preparation, outputs, batch)
-        return values if self.preparation.series["quantiles"] else values[0]
-
     def embeddings(self, x: Any, lengths: Any = None) -> torch.Tensor:  # `(n, dim)`
         "One vector per sequence, from before the last layer."
         return self.outputs(self.sequences(x, lengths), features=True)
@@ -111,6 +99,23 @@ def load(
         )
     gpu = torch.cuda.is_available() and not cpu
     return Predictor(model, made, "cuda" if gpu else "cpu", recipe.optimizer.at_once)
+
+
+# %% ../nbs/predict.ipynb #f1029369
+@patch
+@torch.no_grad()
+def forecast(
+    self: Predictor,
+    x: Any,  # a series `(T,)` or `(T, channels)`; its end is read
+) -> torch.Tensor:  # `(quantiles, ahead, channels)`, or `(ahead, channels)`
+    "The next values; raises `DataError` where the model makes no forecasts."
+    if self.preparation.goal != "forecast":
+        raise DataError("this model answers once per sequence: call it")
+    found = x if isinstance(x, Readings) else array_series(x)
+    batch = next_windows(self.preparation, found)
+    outputs = self.model(batch.inputs.to(self.device)).float().cpu()
+    values = in_unit(self.preparation, outputs, batch)
+    return values if self.preparation.series["quantiles"] else values[0]
 
 
 # %% ../nbs/predict.ipynb #5d3b6ee6

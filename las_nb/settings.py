@@ -207,6 +207,7 @@ class Table:
             raise ValueError("values and text name what is read: give one of them")
 
 
+# %% ../nbs/settings.ipynb #4a79c2b2
 @dataclass
 class Series:
     "How a series is cut into windows: las train --data PATH --forecast STEPS."

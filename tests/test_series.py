@@ -6,7 +6,8 @@ import pytest, torch
 import las_nb
 from las_nb.cli import main
 from las_nb.settings import Series, Table
-from las_nb.tasks import DataError, Forecast, Task, Windows, bounds, load_task, measure
+from las_nb.tasks import DataError, Forecast, Quantiles, Task, Windows
+from las_nb.tasks import beside, bounds, load_task, measure
 from las_nb.tasks.series import Line, in_time_order, read_series, rules, season_of
 from las_nb.train import preset, train
 from las_nb.train.recipe import command_line, identity, read_command
@@ -85,14 +86,14 @@ def test_missing_values_are_read_as_the_last_and_never_asked():
     assert not rows.inputs.isnan().any() and rows.labels[:, :4].isnan().any()
     known = (~rows.labels[:, :4].isnan()).sum()
     assert Forecast().asked(rows.labels) == known < 4 * len(windows)
-    assert measure(Forecast(), windows, Line(windows))["mse"] < 1
+    assert measure(Forecast(), windows, Line().fit(windows))["mse"] < 1
 
 
 # --- the goal
 
 
 def test_pinball_has_its_least_at_the_quantiles_and_counts_its_band():
-    goal = Forecast((0.1, 0.5, 0.9))
+    goal = Quantiles((0.1, 0.5, 0.9))
     x = torch.rand(5000, 2)
     labels = torch.cat([x, torch.zeros(5000, 1), torch.ones(5000, 1)], 1)
 
@@ -123,13 +124,14 @@ def test_rules_know_a_period_and_a_line():
     x = torch.tensor(LOAD)[:, None]
     assert season_of(x, 100) == 24
     windows = Windows(x, 48, 24)
-    found = {
-        n: measure(Forecast(), windows, g)["mse"] for n, g in rules(windows, 24).items()
-    }
+    task = Task(dict, 24, in_features=1, goal=Forecast(), guesses=rules(24, 24))
+    known = beside(task, dict(train=windows, test=windows))
+    found = {name: scores["mse"] for name, scores in known.items()}
     assert list(found) == ["last value", "last 24", "line"]
     assert found["last value"] > 1 and found["last 24"] < 1e-4 and found["line"] < 1e-3
     # as many answers as there are quantiles
-    for guess in rules(windows, 24, 3).values():
+    for guess in rules(24, 24, 3).values():
+        guess = guess.fit(windows) if hasattr(guess, "fit") else guess
         assert guess(windows.rows(slice(2))).shape == (2, 72)
 
 

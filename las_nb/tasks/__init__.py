@@ -9,6 +9,7 @@ __all__ = [
     "register_task",
     "load_task",
     "task_named",
+    "beside",
     "bounds",
     "describe",
     "trivial",
@@ -25,6 +26,7 @@ __all__ = [
     "Classes",
     "Numbers",
     "Forecast",
+    "Quantiles",
     "Windows",
     "measure",
     "Passages",
@@ -40,11 +42,12 @@ __all__ = [
 
 # %% ../../nbs/room_tasks.ipynb #a5b14e06
 from .task import TASKS, Task, register_task, load_task, task_named
-from .task import bounds, describe, trivial, understood
+from .task import beside, bounds, describe, trivial, understood
 from .._util import DataError
 from .sequences import Batch, Sequences, batches, epoch_order
 from .sequences import reading_order, shuffled, hold_out
-from .goals import Goal, Classes, Numbers, Forecast, measure
+from .goals import Goal, Classes, Numbers, Forecast, Quantiles
+from .goals import measure
 from .series import Windows
 from .passages import Passages, in_text
 from .preparation import Preparation, answers, prepared
@@ -54,6 +57,7 @@ from ._files import data_root
 from .arena import ARENA
 from las_nb.tasks import (
     digits,
+    ett,
     image,
     listops,
     pathfinder,
@@ -71,6 +75,7 @@ _all_ = [
     "register_task",
     "load_task",
     "task_named",
+    "beside",
     "bounds",
     "describe",
     "trivial",
@@ -87,6 +92,7 @@ _all_ = [
     "Classes",
     "Numbers",
     "Forecast",
+    "Quantiles",
     "Windows",
     "measure",
     "Passages",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Callable
 from .._util import DataError, read_json, replace_file
 from ..settings import Series
-from .goals import Classes, Forecast, Goal, Numbers
+from .goals import Classes, Forecast, Goal, Numbers, Quantiles
 from .sequences import Sequences
 
 
@@ -151,6 +151,15 @@ def lay(
     return kind, torch.cat(found) if found else _NOTHING, starts
 
 
+# %% ../../nbs/preparation.ipynb #d9b83d42
+def _of_forecast(how: Series) -> dict[str, Any]:
+    "The goal, and how much is read and answered at once."
+    ahead, goal = how.forecast or 1, Forecast()
+    if how.quantiles:
+        ahead, goal = ahead * len(how.quantiles), Quantiles(how.quantiles)
+    return dict(n_classes=ahead, in_features=how.patch, vocab=None, goal=goal)
+
+
 # %% ../../nbs/preparation.ipynb #f9d81e4e
 _WORDS = 30_000  # the most that are told apart
 
@@ -179,7 +188,8 @@ class Preparation:
     def facts(self) -> dict[str, Any]:
         "What a `Task` says of it."
         if self.goal == "forecast":
-            return self._of_forecast() | dict(preparation=self, max_len=self.longest)
+            how = _of_forecast(Series(**self.series))
+            return how | dict(preparation=self, max_len=self.longest)
         sizes = dict(text=256, words=1 + len(self.vocab), tokens=self.tokens)
         goal: Goal = Classes() if self.goal == "classes" else Numbers(self.spread)
         values = self.kind == "values"
@@ -191,13 +201,6 @@ class Preparation:
             goal=goal,
             preparation=self,
         )
-
-    def _of_forecast(self) -> dict[str, Any]:
-        "The goal, and how much is read and answered at once."
-        how = Series(**self.series)
-        answers = (how.forecast or 1) * len(how.quantiles or (0.5,))
-        goal = Forecast(how.quantiles)
-        return dict(n_classes=answers, in_features=how.patch, vocab=None, goal=goal)
 
     def save(self, folder: Path) -> None:
         "Write it into a run's folder."

@@ -45,6 +45,7 @@ def _levels(x: torch.Tensor, scaling: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x[:, -1:], torch.where(spread > 1e-6, spread, 1.0)
 
 
+# %% ../../nbs/series.ipynb #9ca80178
 @dataclass
 class Windows:
     "All windows of a series, channel by channel, in the order of time."
@@ -116,51 +117,55 @@ def _repeated(batch: Batch, ahead: int, season: int, copies: int) -> torch.Tenso
     return last.repeat(1, -(-ahead // last.shape[1]))[:, :ahead].repeat(1, copies)
 
 
-class Line:
-    "Each value to come as a weighted sum of those that were, by least squares."
-
-    train: Windows
-    copies: int
-
-    def __init__(self, train: Windows, copies: int = 1):
-        self.train, self.copies = train, copies
-
-    @functools.cached_property
-    def weights(self) -> torch.Tensor:  # `(length + 1, ahead)`
-        "Fitted when first asked for, to at most 50,000 windows, evenly spread."
-        n, L, H = len(self.train), self.train.length, self.train.ahead
-        a, b = torch.zeros(L + 1, L + 1).double(), torch.zeros(L + 1, H).double()
-        for i in torch.arange(n)[:: -(-n // 50_000)].split(4096):
-            rows = self.train.rows(i)
-            wanted = (rows.labels[:, :-2] - rows.labels[:, -2:-1]) / rows.labels[:, -1:]
-            known = ~wanted.isnan().any(1)
-            x = _with_one(rows)[known].double().cpu()
-            a += x.T @ x
-            b += x.T @ wanted[known].double().cpu()
-        ridge = 1e-6 * a.diagonal().mean() * torch.eye(L + 1).double()
-        return torch.linalg.solve(a + ridge, b).float()
-
-    def __call__(self, batch: Batch) -> torch.Tensor:  # `(b, copies * ahead)`
-        return (_with_one(batch) @ self.weights.to(batch.inputs)).repeat(1, self.copies)
-
-
 def _with_one(batch: Batch) -> torch.Tensor:
     "The values that are read, and a one `(b, length + 1)`."
     x = batch.inputs.flatten(1)
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
+class Line:
+    "Each value to come as a weighted sum of those that were, by least squares."
+
+    copies: int  # quantiles that are answered
+    train: Windows | None = None
+    weights: torch.Tensor  # `(length + 1, ahead)`
+
+    def __init__(self, copies: int = 1):
+        self.copies = copies
+
+    def fit(self, train: Windows) -> "Line":
+        "Find the weights, from at most 50,000 windows, evenly spread."
+        if self.train is train:
+            return self
+        n, L, H = len(train), train.length, train.ahead
+        a, b = torch.zeros(L + 1, L + 1).double(), torch.zeros(L + 1, H).double()
+        for i in torch.arange(n)[:: -(-n // 50_000)].split(4096):
+            rows = train.rows(i)
+            wanted = (rows.labels[:, :-2] - rows.labels[:, -2:-1]) / rows.labels[:, -1:]
+            known = ~wanted.isnan().any(1)
+            x = _with_one(rows)[known].double().cpu()
+            a += x.T @ x
+            b += x.T @ wanted[known].double().cpu()
+        ridge = 1e-6 * a.diagonal().mean() * torch.eye(L + 1).double()
+        self.train, self.weights = train, torch.linalg.solve(a + ridge, b).float()
+        return self
+
+    def __call__(self, batch: Batch) -> torch.Tensor:  # `(b, copies * ahead)`
+        return (_with_one(batch) @ self.weights.to(batch.inputs)).repeat(1, self.copies)
+
+
+# %% ../../nbs/series.ipynb #1787dea1
 def rules(
-    train: Windows,
+    ahead: int,  # values that are asked for
     season: int,  # values of a period
     copies: int = 1,  # quantiles that are answered
 ) -> dict[str, Callable[[Batch], torch.Tensor]]:  # name -> a batch -> outputs
     "What a forecast has to beat."
-    again = dict(ahead=train.ahead, copies=copies)
+    again = dict(ahead=ahead, copies=copies)
     found: dict[str, Any] = {
         "last value": functools.partial(_repeated, season=1, **again),
         f"last {season}": functools.partial(_repeated, season=season, **again),
-        "line": Line(train, copies),
+        "line": Line(copies),
     }
     return found
 
@@ -210,6 +215,7 @@ def _gaps(cells: list[Any], table: Columns, name: str) -> int:
     return sum(s > 1.5 * statistics.median(steps) for s in steps)
 
 
+# %% ../../nbs/series.ipynb #cf87652e
 def read_series(
     path: str | Path,  # see rows_of
     said: Table,  # values: the channels; time: the column that rises
@@ -281,6 +287,29 @@ def _ends(T: int, length: int, ahead: int, source: str) -> tuple[int, int, int]:
     return T - round(0.2 * T) - round(0.1 * T), T - round(0.2 * T), T
 
 
+# %% ../../nbs/series.ipynb #8f63e2b5
+def _given(splits: dict[str, Windows], *_: Any, **__: Any) -> dict[str, Windows]:
+    "A loader of what is there already."
+    return splits
+
+
+def _in_words(found: Readings, w: Windows, season: int, ends: tuple[int, ...]) -> str:
+    "What was understood of a series."
+    read = f"{w.length:,}" + f" (in steps of {w.patch})" * (w.patch > 1)
+    lost = 100 * found.values.isnan().double().mean()
+    more = [f"; {lost:.2g} % of values are missing"] * bool(lost)
+    more += [f"; {found.gaps:,} steps of time are longer than others"] * (
+        found.gaps > 0
+    )
+    sizes = ends[0], ends[1] - ends[0], ends[2] - ends[1]
+    return (
+        f"{found.source}: {ends[2]:,} rows of {_few(found.channels)}; {w.ahead:,} values "
+        f"are asked after {read}, in deviations of the training{''.join(more)}\n"
+        "splits in the order of time: {:,} rows to train, {:,} to validate, {:,} to test"
+    ).format(*sizes) + f"; a period of {season:,}" * (season > 1)
+
+
+# %% ../../nbs/series.ipynb #b0fc8516
 def series_facts(
     found: Readings,
     how: Series,
@@ -302,30 +331,9 @@ def series_facts(
     season = how.season or season_of(whole.values[: ends[0]], length)
     cut = dict(length=length, ahead=ahead, patch=how.patch, scaling=how.scaling)
     splits = in_time_order(whole.values, ends, **cut, source=found.source)
-    guesses = rules(splits["train"], season, len(how.quantiles or (0.5,)))
+    guesses = rules(ahead, season, len(how.quantiles or (0.5,)))
     facts = dict(load=functools.partial(_given, splits), guesses=guesses)
     return made.facts() | facts | dict(note=_in_words(found, whole, season, ends))
-
-
-def _given(splits: dict[str, Windows], *_: Any, **__: Any) -> dict[str, Windows]:
-    "A loader of what is there already."
-    return splits
-
-
-def _in_words(found: Readings, w: Windows, season: int, ends: tuple[int, ...]) -> str:
-    "What was understood of a series."
-    read = f"{w.length:,}" + f" (in steps of {w.patch})" * (w.patch > 1)
-    lost = 100 * found.values.isnan().double().mean()
-    more = [f"; {lost:.2g} % of values are missing"] * bool(lost)
-    more += [f"; {found.gaps:,} steps of time are longer than others"] * (
-        found.gaps > 0
-    )
-    sizes = ends[0], ends[1] - ends[0], ends[2] - ends[1]
-    return (
-        f"{found.source}: {ends[2]:,} rows of {_few(found.channels)}; {w.ahead:,} values "
-        f"are asked after {read}, in deviations of the training{''.join(more)}\n"
-        "splits in the order of time: {:,} rows to train, {:,} to validate, {:,} to test"
-    ).format(*sizes) + f"; a period of {season:,}" * (season > 1)
 
 
 # %% ../../nbs/series.ipynb #637a2db0

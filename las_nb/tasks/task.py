@@ -11,6 +11,7 @@ __all__ = [
     "task_named",
     "load_task",
     "trivial",
+    "beside",
     "bounds",
     "understood",
     "describe",
@@ -94,8 +95,7 @@ class Task(Facts):
         x: Any,  # arrays, tensors or lists: see las_nb.tasks.preparation
         y: Any,  # a class (whole number, name) or a number (floating point) for each
         lengths: Any = None,  # true lengths, if sequences are padded on the right
-        valid: tuple[Any, ...]
-        | None = None,  # such as (x, y); None: taken from x and y
+        valid: tuple[Any, ...] | None = None,  # (x, y); None: taken from x and y
         test: tuple[Any, ...] | None = None,
         goal: str | None = None,  # "classes" or "numbers"; None: as they look
         length: int | None = None,  # steps that are read of longer sequences
@@ -125,13 +125,11 @@ class Task(Facts):
         x: Any,  # a file as of from_csv, or an array `(T,)` or `(T, channels)`
         forecast: int,  # values that are asked for, from the next one on
         length: int | None = None,  # values that are read; None: twice as many
-        values: str | None = None,  # columns of the file: a,b,c; None: all numbers
-        time: str | None = None,  # column that rises; None: date, time or the like
-        **how: Any,  # patch, scaling, season, quantiles: see settings.Series
+        **how: Any,  # values and time of settings.Table, and what Series names
     ) -> "Task":
         "Later values of a series; raises `DataError` for what is none."
+        table = Table(values=how.pop("values", None), time=how.pop("time", None))
         named = isinstance(x, (str, Path))
-        table = Table(values=values, time=time)
         found = read_series(x, table) if named else array_series(x)
         return cls(**series_facts(found, Series(forecast, **how), length))
 
@@ -255,6 +253,20 @@ def trivial(
     return 100 * (guess == test.labels.cpu()).float().mean().item()
 
 
+# %% ../../nbs/task.ipynb #71fb0b5e
+def beside(
+    task: Task,
+    splits: dict[str, Any],  # as from load_task
+) -> dict[str, dict[str, float]]:  # name -> scores on the test set
+    "What rules score; those that have a method `fit` learn from the training set."
+    found = {}
+    for name, guess in task.guesses.items():
+        if hasattr(guess, "fit"):
+            guess.fit(splits["train"])
+        found[name] = measure(task.goal, splits["test"], guess)
+    return found
+
+
 # %% ../../nbs/task.ipynb #790dd3a8
 def bounds(
     name: str | Task,  # a key of TASKS, or a task
@@ -267,8 +279,8 @@ def bounds(
     if isinstance(task.goal, Classes):
         readers = {"majority class": None} | task.readers
     floors = {label: trivial(train, test, r) for label, r in readers.items()}
-    for label, guess in task.guesses.items():
-        floors[label] = task.goal.percent(measure(task.goal, test, guess))
+    scores = beside(task, splits)
+    floors |= {name: task.goal.percent(found) for name, found in scores.items()}
     if task.perfect is None:
         return floors, None
     right = task.perfect(test).cpu() == test.labels.cpu()
@@ -281,11 +293,8 @@ def understood(
     splits: dict[str, Any],  # as from load_task
 ) -> str:
     "What was understood of data of one's own, and what rules score that do not read."
-    goal, test = task.goal, splits["test"]
-    floors = [
-        f"{name} {goal.said(measure(goal, test, guess))}"
-        for name, guess in task.guesses.items()
-    ]
+    goal = task.goal
+    floors = [f"{name} {goal.said(s)}" for name, s in beside(task, splits).items()]
     if isinstance(goal, Classes):
         floors += [
             f"{name} {score:.1f} %" for name, score in bounds(task, splits)[0].items()

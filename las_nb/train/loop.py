@@ -29,7 +29,7 @@ from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
 from ..model import LaSTransformer, count_parameters
 from ..settings import Recipe, Table, flat, read_recipe, stored
-from ..tasks import Batch, Goal, Sequences, TASKS, Task, batches, bounds
+from ..tasks import Batch, Goal, Sequences, TASKS, Task, batches, beside, bounds
 from ..tasks import measure, prepared, read_raw, reading_order, register_task
 from ..tasks import understood
 from ..tasks.sequences import checksum
@@ -994,6 +994,7 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
     )
 
 
+# %% ../../nbs/18_train.ipynb #25088332
 @patch
 def record(
     self: Trainer,
@@ -1004,8 +1005,7 @@ def record(
     became."""
     known, goal = self.progress_so_far(), self.task.goal
     floors, ceiling = bounds(self.task, self.data)
-    guesses = self.task.guesses.items()
-    beside = {n: measure(goal, self.data["test"], guess) for n, guess in guesses}
+    rules = beside(self.task, self.data)
     return known | dict(
         test=goal.percent(found),
         nats=found[goal.lost],
@@ -1014,7 +1014,7 @@ def record(
         entropy=attention_entropy(self.answering, self.data["valid"]),
         trivial=floors,
         ceiling=ceiling,
-        **(dict(beside=beside) if beside else {}),
+        **(dict(beside=rules) if rules else {}),
     )
 
 
