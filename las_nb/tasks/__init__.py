@@ -62,6 +62,7 @@ from las_nb.tasks import (
     listops,
     pathfinder,
     probes,
+    promoters,
     retrieval,
     smnist,
     text,

@@ -29,7 +29,8 @@ from ._tidy import call_loader, tidy
 from .goals import Classes, Forecast, Goal, measure
 from .preparation import Preparation
 from .sequences import Batch, Sequences
-from .series import array_series, read_series, series_facts
+from .series import Readings, array_series, read_series
+from .series import series_facts
 from .tables import file_facts, own_facts, raw_arrays, raw_dataset
 
 
@@ -69,6 +70,12 @@ class Facts(NamedTuple):
     preparation: Preparation | None = None
     note: str = ""  # what was understood of them
     any_data: bool = False  # is it made of a file that is named when it is trained?
+
+
+# %% ../../nbs/task.ipynb #01c33c20
+def _series(x: Any, table: Table) -> Readings:
+    "A series from a file, or from an array."
+    return read_series(x, table) if isinstance(x, (str, Path)) else array_series(x)
 
 
 # %% ../../nbs/task.ipynb #26102841
@@ -129,8 +136,7 @@ class Task(Facts):
     ) -> "Task":
         "Later values of a series; raises `DataError` for what is none."
         table = Table(values=how.pop("values", None), time=how.pop("time", None))
-        named = isinstance(x, (str, Path))
-        found = read_series(x, table) if named else array_series(x)
+        found = _series(x, table)
         return cls(**series_facts(found, Series(forecast, **how), length))
 
 
