@@ -274,3 +274,32 @@ def test_commands_refuse_in_one_line(load_csv, capsys):
         with pytest.raises(SystemExit):
             main(["train", *words.split(), "--cpu"])
         assert says in capsys.readouterr().err
+
+
+# --- ETTh1
+
+
+def test_the_months_of_etth1(tmp_path):
+    from las_nb.tasks import TASKS
+
+    (tmp_path / "ETT-small").mkdir()
+    days = [
+        f"{2016 + m // 12}-{1 + m % 12:02d}-{d:02d}"
+        for m in range(21)
+        for d in range(1, 29)
+    ]
+    rows = [(f"{d} {h:02d}:00:00", h, k) for k, d in enumerate(days) for h in range(24)]
+    path = write(
+        tmp_path / "ETT-small" / "ETTh1.csv", rows[:14_000], ("date", "a", "b")
+    )
+    with pytest.raises(DataError, match="cut short"):
+        load_task("etth1-96", tmp_path)
+    hours = range(14_500)
+    rows = [(h, math.sin(h * math.pi / 12), h) for h in hours]
+    write(path, rows, ("date", "a", "b"))
+    splits = load_task("etth1-96", tmp_path)
+    sizes = [(8640 - 336 - 96 + 1) * 2, (2880 - 96 + 1) * 2, (2880 - 96 + 1) * 2]
+    assert [len(s.labels) for s in splits.values()] == sizes
+    seen = splits["train"].values
+    assert seen.mean(0).abs().max() < 1e-3 and abs(seen.std(0) - 1).max() < 1e-3
+    assert TASKS["etth1-720"].n_classes == 720
