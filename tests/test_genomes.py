@@ -3,7 +3,14 @@
 import random
 import pytest, torch
 from las_nb.cli import main
-from las_nb.tasks import DataError, TASKS, bounds, load_task, promoters as room
+from las_nb.tasks import (
+    DataError,
+    TASKS,
+    bounds,
+    describe,
+    load_task,
+    promoters as room,
+)
 from las_nb.tasks.promoters import BothStrands, Twice, Words, bootstrap, matthews
 from las_nb.tasks.promoters import other_strand, read_promoters, strands
 from las_nb.tasks.sequences import Batch
@@ -81,6 +88,7 @@ def test_splits(root):
     rows = splits["test"].rows(slice(3))
     assert isinstance(splits["test"], Twice) and rows.inputs.shape == (6, 21)
     assert torch.equal(rows.inputs[3:], other_strand(rows.inputs[:3]))
+    assert "| 30 | 21 to 21, mean 21 | 2 | " in describe("promoters", root, sample=True)
     write(root / FOLDER / "train.tsv", 50)
     assert [len(s.labels) for s in load_task("promoters", root).values()] == [
         45,

@@ -7,7 +7,7 @@ import las_nb
 from las_nb.cli import main
 from las_nb.settings import Series, Table
 from las_nb.tasks import DataError, Forecast, Quantiles, Task, Windows
-from las_nb.tasks import beside, bounds, load_task, measure
+from las_nb.tasks import beside, bounds, describe, load_task, measure
 from las_nb.tasks.series import Line, in_time_order, read_series, rules, season_of
 from las_nb.train import preset, train
 from las_nb.train.recipe import command_line, identity, read_command
@@ -303,3 +303,6 @@ def test_the_months_of_etth1(tmp_path):
     seen = splits["train"].values
     assert seen.mean(0).abs().max() < 1e-3 and abs(seen.std(0) - 1).max() < 1e-3
     assert TASKS["etth1-720"].n_classes == 720
+    assert "| test | 5,570 | 14 to 14, mean 14 | - | - |" in describe(
+        "etth1-96", tmp_path
+    )
