@@ -233,7 +233,8 @@ def read_series(
     time = said.time or (known[0] if known else None)
     found = {n: c for n, c in table.columns.items() if c.kind == "numbers"}
     found = {n: c for n, c in found.items() if n.lower() not in _NUMBERING}
-    names = _names(said.values) or [n for n in found if n != time]
+    found.pop(time or "", None)
+    names = _names(said.values) or list(found)
     if not names:
         raise DataError(f"{source} has no column of numbers; name some with --values")
     values = _numbers(table, names, source)
