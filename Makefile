@@ -45,7 +45,7 @@ experiments: .venv/ready  ## make the runs of the book that are missing; takes u
 
 results: .venv/ready  ## repeat the measurement of the digits page, three seeds (about 11 minutes)
 	$(BIN)/las digits --seeds 0,1,2 --out runs/results
-	cp runs/results/digits.json runs/results/digits.png nbs/results/
+	cp runs/results/digits.json nbs/results/
 	mkdir -p nbs/results/digits-plain nbs/results/digits-las
 	cp runs/results/plain-seed0/* nbs/results/digits-plain/
 	cp runs/results/las-seed0/* nbs/results/digits-las/

@@ -10,7 +10,7 @@ import contextlib, importlib.util, os, sys
 from pathlib import Path
 from typing import Any, Callable
 from . import settings
-from ._command import guarded, names_data, needs, parse, summary
+from ._command import guarded, needs, own_task, parse, summary
 from ._util import at_home, check_choice, import_extension, is_first
 from ._util import nearest, refuse
 
@@ -336,8 +336,8 @@ def _obey(words: list[str] | None) -> None:
         )
     modules, rest = _extensions(words[1:])
     kind, work = _COMMANDS[words[0]]
-    if kind is settings.Train and names_data(kind, rest):
-        rest = ["table", *rest]
+    if kind is settings.Train:
+        rest = [*own_task(kind, rest), *rest]
     asked, given = parse(kind, rest, f"las {words[0]}")
     for name in modules:
         guarded(lambda: import_extension(name), "")

@@ -8,14 +8,17 @@ __all__ = ["Predictor", "load", "predict_file"]
 # %% ../nbs/predict.ipynb #61c26efd
 import csv, io
 import torch
+from fastcore.basics import patch
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 from ._util import DataError, TrainingError, at_home, replace_file
 from .model import LaSTransformer
 from .settings import Table
 from .tasks import Preparation, Sequences, answers, batches, prepared
 from .tasks import read_raw, reading_order, stored_preparation
 from .tasks.preparation import Raw, lay
+from .tasks.series import Readings, array_series, in_unit, next_times
+from .tasks.series import next_windows, read_series
 from .train import load_run
 
 
@@ -27,6 +30,7 @@ class Predictor:
     preparation: Preparation
     device: str | torch.device
     size: int
+    forecast: Callable[[Any], torch.Tensor]  # added below
 
     def __init__(
         self,
@@ -45,6 +49,8 @@ class Predictor:
     ) -> Sequences:
         "Sequences as the model reads them; raises `DataError` for what it cannot."
         made = self.preparation
+        if made.goal == "forecast":
+            raise DataError("this model goes on with a series: use forecast(x)")
         laid = lay(x, made.kind, lengths)
         return prepared(made, Raw(*laid, lambda i: f"sequence {i}"))
 
@@ -95,7 +101,51 @@ def load(
     return Predictor(model, made, "cuda" if gpu else "cpu", recipe.optimizer.at_once)
 
 
+# %% ../nbs/predict.ipynb #f1029369
+@patch
+@torch.no_grad()
+def forecast(
+    self: Predictor,
+    x: Any,  # a series `(T,)` or `(T, channels)`; its end is read
+) -> torch.Tensor:  # `(quantiles, ahead, channels)`, or `(ahead, channels)`
+    "The next values; raises `DataError` where the model makes no forecasts."
+    if self.preparation.goal != "forecast":
+        raise DataError("this model answers once per sequence: call it")
+    found = x if isinstance(x, Readings) else array_series(x)
+    batch = next_windows(self.preparation, found)
+    outputs = self.model(batch.inputs.to(self.device)).float().cpu()
+    values = in_unit(self.preparation, outputs, batch)
+    return values if self.preparation.series["quantiles"] else values[0]
+
+
 # %% ../nbs/predict.ipynb #5d3b6ee6
+def _write(out: Path, rows: list[list[Any]]) -> int:
+    "Write a CSV, whole or not at all; its rows without the header."
+    said = io.StringIO()
+    csv.writer(said, lineterminator="\n").writerows(rows)
+    replace_file(out, said.getvalue().encode())
+    return len(rows) - 1
+
+
+def _write_forecast(model: Predictor, data: Path, out: Path) -> int:
+    "Write what comes after the end of a series."
+    made = model.preparation
+    found = read_series(data, Table(**made.columns))
+    values, quantiles = model.forecast(found), made.series["quantiles"]
+    head = made.channels
+    if quantiles:
+        head = [f"{name} {q:g}" for name in head for q in quantiles]
+        values = values.permute(1, 2, 0).flatten(1)  # (ahead, channels * quantiles)
+    times = next_times(found.times, len(values))
+    rows = [[t, *map(_plain, row)] for t, row in zip(times, values.tolist())]
+    return _write(out, [[found.said.time or "step", *head], *rows])
+
+
+def _plain(name: Any) -> Any:
+    "Numbers with six digits."
+    return f"{name:.6g}" if isinstance(name, float) else name
+
+
 def predict_file(
     folder: str | Path,  # of a run, or one of its checkpoints
     data: str | Path,  # a file like that of the training; needs no target
@@ -103,13 +153,15 @@ def predict_file(
     cpu: bool = False,  # leave the GPU alone
 ) -> int:  # sequences
     "Write what a model says of the sequences in a file; raises `DataError`."
-    model, said = load(folder, cpu), io.StringIO()
+    model = load(folder, cpu)
     made = model.preparation
     if not made.columns:
         raise DataError(
             f"{folder} was trained on data that came from Python: use load(folder) "
             "there"
         )
+    if made.goal == "forecast":
+        return _write_forecast(model, Path(data), Path(out))
     raw = read_raw(data, Table(**made.columns), labelled=False)
     raw.targets = None
     outputs = model.outputs(prepared(made, raw))
@@ -120,12 +172,4 @@ def predict_file(
         likely = outputs.softmax(-1).max(-1).values.tolist()
         head.append("probability")
         rows = [[*row, f"{p:.4f}"] for row, p in zip(rows, likely)]
-    writer = csv.writer(said, lineterminator="\n")
-    writer.writerows([head, *rows])
-    replace_file(Path(out), said.getvalue().encode())
-    return len(rows)
-
-
-def _plain(name: Any) -> Any:
-    "Numbers with six digits."
-    return f"{name:.6g}" if isinstance(name, float) else name
+    return _write(Path(out), [head, *rows])

@@ -10,6 +10,7 @@ __all__ = [
     "Optimizer",
     "Data",
     "Table",
+    "Series",
     "Recipe",
     "kinds_of",
     "short_names",
@@ -206,6 +207,32 @@ class Table:
             raise ValueError("values and text name what is read: give one of them")
 
 
+# %% ../nbs/settings.ipynb #4a79c2b2
+@dataclass
+class Series:
+    "How a series is cut into windows: las train --data PATH --forecast STEPS."
+
+    forecast: int | None = None  # values that are asked for, from the next one on
+    # values that are read as one step; --length says how many are read
+    patch: int = 1
+    # a window is read relative to its last value, or to its deviation as well; or not
+    scaling: Literal["none", "last", "deviation"] = "last"
+    # steps of a period, for the rule that repeats the last one; none = as it looks
+    season: int | None = None
+    quantiles: tuple[float, ...] | None = None  # to answer, such as 0.1,0.5,0.9
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("forecast", "patch", "season"):
+            _check_number(self, name, 1)
+        q = self.quantiles or (0.5,)
+        if list(q) != sorted(set(q)) or len(q) % 2 == 0 or not 0 < q[0] <= q[-1] < 1:
+            raise ValueError(
+                "quantiles lie between 0 and 1, rising, with one in the middle, such "
+                f"as 0.1,0.5,0.9; got {','.join(map(str, q))}"
+            )
+
+
 # %% ../nbs/settings.ipynb #943f0a88
 @dataclass
 class Recipe:
@@ -219,6 +246,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
     table: Table = field(default_factory=Table)
+    series: Series = field(default_factory=Series)
     seed: int = 0  # of weights, order and dropout
     preset: str = "fast"  # of the task: fast, cpu, paper, short or smoke
 
@@ -291,7 +319,8 @@ def _check_number(settings: Any, name: str, low: float, above: bool = False) -> 
 
 
 # %% ../nbs/settings.ipynb #2ba333ac
-_GROUPS = dict(model=Model, mixer=Mixer, optimizer=Optimizer, data=Data, table=Table)
+_GROUPS: dict[str, type] = dict(model=Model, mixer=Mixer, optimizer=Optimizer)
+_GROUPS |= dict(data=Data, table=Table, series=Series)
 LONG = dict(model="mixer.name", mixer_options="mixer.options", data="data.path")
 
 

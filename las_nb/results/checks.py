@@ -322,6 +322,27 @@ def _best_at_motif(results: Path) -> Finding:
     return versus(motif["las-pos"], motif["attention-rotary"], what)
 
 
+# %% ../../nbs/checks.ipynb #855b1795
+def _above_rule(results: Path, grid: str, task: str, rule: str, value: str) -> Finding:
+    "Is LaS above a rule that stands beside its scores?"
+    runs = grid_scores(results, grid, lambda r: 100 * r[value])[task]["las"]
+    floors = grid_scores(results, grid, lambda r: 100 * r["beside"][rule][value])
+    return versus(runs, floors[task]["las"], f"{task}: LaS minus the {rule}")
+
+
+@check
+def _beats_a_line(results: Path) -> Finding:
+    "On ETTh1, does LaS explain more of the variance than a line does?"
+    tasks = [f"etth1-{hours}" for hours in (96, 192, 336, 720)]
+    return every([_above_rule(results, "forecast", t, "line", "r2") for t in tasks])
+
+
+@check
+def _beats_words(results: Path) -> Finding:
+    "On promoters, is Matthews' correlation of LaS above that of counted words?"
+    return _above_rule(results, "genomes", "promoters", "words", "mcc")
+
+
 # %% ../../nbs/checks.ipynb #35a9fcc8
 @check
 def _part_by_part(results: Path) -> Finding:

@@ -9,6 +9,7 @@ __all__ = [
     "register_task",
     "load_task",
     "task_named",
+    "beside",
     "bounds",
     "describe",
     "trivial",
@@ -24,6 +25,9 @@ __all__ = [
     "Goal",
     "Classes",
     "Numbers",
+    "Forecast",
+    "Quantiles",
+    "Windows",
     "measure",
     "Passages",
     "in_text",
@@ -38,11 +42,13 @@ __all__ = [
 
 # %% ../../nbs/room_tasks.ipynb #a5b14e06
 from .task import TASKS, Task, register_task, load_task, task_named
-from .task import bounds, describe, trivial, understood
+from .task import beside, bounds, describe, trivial, understood
 from .._util import DataError
 from .sequences import Batch, Sequences, batches, epoch_order
 from .sequences import reading_order, shuffled, hold_out
-from .goals import Goal, Classes, Numbers, measure
+from .goals import Goal, Classes, Numbers, Forecast, Quantiles
+from .goals import measure
+from .series import Windows
 from .passages import Passages, in_text
 from .preparation import Preparation, answers, prepared
 from .preparation import stored_preparation
@@ -51,10 +57,12 @@ from ._files import data_root
 from .arena import ARENA
 from las_nb.tasks import (
     digits,
+    ett,
     image,
     listops,
     pathfinder,
     probes,
+    promoters,
     retrieval,
     smnist,
     text,
@@ -68,6 +76,7 @@ _all_ = [
     "register_task",
     "load_task",
     "task_named",
+    "beside",
     "bounds",
     "describe",
     "trivial",
@@ -83,6 +92,9 @@ _all_ = [
     "Goal",
     "Classes",
     "Numbers",
+    "Forecast",
+    "Quantiles",
+    "Windows",
     "measure",
     "Passages",
     "in_text",

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 from .._util import DataError, read_json, replace_file
-from .goals import Classes, Goal, Numbers
+from ..settings import Series
+from .goals import Classes, Forecast, Goal, Numbers, Quantiles
 from .sequences import Sequences
 
 
@@ -150,6 +151,15 @@ def lay(
     return kind, torch.cat(found) if found else _NOTHING, starts
 
 
+# %% ../../nbs/preparation.ipynb #d9b83d42
+def _of_forecast(how: Series) -> dict[str, Any]:
+    "The goal, and how much is read and answered at once."
+    ahead, goal = how.forecast or 1, Forecast()
+    if how.quantiles:
+        ahead, goal = ahead * len(how.quantiles), Quantiles(how.quantiles)
+    return dict(n_classes=ahead, in_features=how.patch, vocab=None, goal=goal)
+
+
 # %% ../../nbs/preparation.ipynb #f9d81e4e
 _WORDS = 30_000  # the most that are told apart
 
@@ -159,7 +169,7 @@ class Preparation:
     "What turns sequences into inputs, and outputs into answers."
 
     kind: str  # "values", "text", "tokens" or "words"
-    goal: str  # "classes" or "numbers"
+    goal: str  # "classes", "numbers" or "forecast"
     channels: list[str] = field(default_factory=list)  # names of values
     mean: list[float] = field(default_factory=list)  # of each channel
     deviation: list[float] = field(default_factory=list)
@@ -173,9 +183,13 @@ class Preparation:
     longest: int = 1  # sequence that was seen
     holes: bool = False  # may values be missing?
     columns: dict[str, Any] = field(default_factory=dict)  # how files are read
+    series: dict[str, Any] = field(default_factory=dict)  # of forecasts, as Series
 
     def facts(self) -> dict[str, Any]:
         "What a `Task` says of it."
+        if self.goal == "forecast":
+            how = _of_forecast(Series(**self.series))
+            return how | dict(preparation=self, max_len=self.longest)
         sizes = dict(text=256, words=1 + len(self.vocab), tokens=self.tokens)
         goal: Goal = Classes() if self.goal == "classes" else Numbers(self.spread)
         values = self.kind == "values"
@@ -258,8 +272,8 @@ def _in_order(name: Any) -> tuple[bool, float, str]:
 # %% ../../nbs/preparation.ipynb #0cd6ddac
 def _filled(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     "Missing values as the ones before, in each sequence; 0 where there is none."
-    step = torch.arange(len(x))[:, None]
-    first = starts[:-1].repeat_interleave(starts.diff())[:, None]
+    step = torch.arange(len(x), device=x.device)[:, None]
+    first = starts[:-1].repeat_interleave(starts.diff())[:, None].to(x.device)
     known = torch.where(x.isnan(), -1, step).cummax(0).values  # (N, channels)
     return x.gather(0, known.clamp(min=0)).masked_fill(known < first, 0)
 

@@ -16,7 +16,7 @@ __all__ = [
 import functools, math
 import torch
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from .._util import DataError, at_home, nearest
@@ -175,16 +175,18 @@ def _texts(table: Columns, name: str, source: str) -> tuple[Any, ...]:
 
 
 # %% ../../nbs/own.ipynb #9895e436
+def _seconds(date: Any) -> float:
+    "A date in seconds; where it names no zone, no hour comes twice or is lost."
+    when = datetime.fromisoformat(str(date).replace("Z", "+00:00"))
+    return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
+
+
 def _by_time(cells: list[Any], places: list[str], name: str) -> list[float]:
     "Times as numbers: numbers as they are, dates in seconds."
     found = []
     for cell, place in zip(cells, places):
         try:
-            text = str(cell).replace("Z", "+00:00")
-            dated = not is_number(cell)
-            found.append(
-                datetime.fromisoformat(text).timestamp() if dated else float(cell)
-            )
+            found.append(float(cell) if is_number(cell) else _seconds(cell))
         except ValueError:
             raise DataError(
                 f"{place}: {name} is {cell!r}, neither a number nor a date such as "

@@ -11,6 +11,7 @@ __all__ = [
     "task_named",
     "load_task",
     "trivial",
+    "beside",
     "bounds",
     "understood",
     "describe",
@@ -22,12 +23,14 @@ import torch
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from .._util import DataError, check_choice
-from ..settings import Table
+from ..settings import Series, Table
 from ._files import data_root
 from ._tidy import call_loader, tidy
-from .goals import Classes, Goal, measure
+from .goals import Classes, Forecast, Goal, measure
 from .preparation import Preparation
 from .sequences import Batch, Sequences
+from .series import Readings, array_series, read_series
+from .series import series_facts
 from .tables import file_facts, own_facts, raw_arrays, raw_dataset
 
 
@@ -69,6 +72,12 @@ class Facts(NamedTuple):
     any_data: bool = False  # is it made of a file that is named when it is trained?
 
 
+# %% ../../nbs/task.ipynb #01c33c20
+def _series(x: Any, table: Table) -> Readings:
+    "A series from a file, or from an array."
+    return read_series(x, table) if isinstance(x, (str, Path)) else array_series(x)
+
+
 # %% ../../nbs/task.ipynb #26102841
 class Task(Facts):
     "What a model must know of a task, and how its data are loaded."
@@ -93,8 +102,7 @@ class Task(Facts):
         x: Any,  # arrays, tensors or lists: see las_nb.tasks.preparation
         y: Any,  # a class (whole number, name) or a number (floating point) for each
         lengths: Any = None,  # true lengths, if sequences are padded on the right
-        valid: tuple[Any, ...]
-        | None = None,  # such as (x, y); None: taken from x and y
+        valid: tuple[Any, ...] | None = None,  # (x, y); None: taken from x and y
         test: tuple[Any, ...] | None = None,
         goal: str | None = None,  # "classes" or "numbers"; None: as they look
         length: int | None = None,  # steps that are read of longer sequences
@@ -118,6 +126,19 @@ class Task(Facts):
         given = {part: data for part, data in parts.items() if data is not None}
         return cls(**own_facts(raw_dataset(given), goal, length))
 
+    @classmethod
+    def from_series(
+        cls,
+        x: Any,  # a file as of from_csv, or an array `(T,)` or `(T, channels)`
+        forecast: int,  # values that are asked for, from the next one on
+        length: int | None = None,  # values that are read; None: twice as many
+        **how: Any,  # values and time of settings.Table, and what Series names
+    ) -> "Task":
+        "Later values of a series; raises `DataError` for what is none."
+        table = Table(values=how.pop("values", None), time=how.pop("time", None))
+        found = _series(x, table)
+        return cls(**series_facts(found, Series(forecast, **how), length))
+
 
 # %% ../../nbs/task.ipynb #92afe8a4
 TASKS: dict[str, Task] = {}  # name -> task
@@ -135,7 +156,8 @@ def register_task(
 def _no_file(*_: Any, **__: Any) -> dict[str, Any]:
     "Say what the task of a person's own data lacks."
     raise DataError(
-        "table is a file of your own: las train --data PATH --target COLUMN"
+        "this is for a file of your own: las train --data PATH --target COLUMN, or "
+        "--forecast STEPS"
     )
 
 
@@ -151,6 +173,15 @@ register_task(
         any_length=True,
         any_data=True,
         presets=dict(fast=_OWN, smoke=_OWN_SMOKE),
+    ),
+)
+_SERIES = dict(dim=32, depth=2, norm="layer", readout="last", lr=2e-3, epochs=20)
+_SERIES |= dict(batch_size=32)
+register_task(
+    "series",
+    TASKS["table"]._replace(
+        presets=dict(fast=_SERIES, smoke=_SERIES | dict(epochs=1, limit=64)),
+        goal=Forecast(),
     ),
 )
 
@@ -228,6 +259,20 @@ def trivial(
     return 100 * (guess == test.labels.cpu()).float().mean().item()
 
 
+# %% ../../nbs/task.ipynb #71fb0b5e
+def beside(
+    task: Task,
+    splits: dict[str, Any],  # as from load_task
+) -> dict[str, dict[str, float]]:  # name -> scores on the test set
+    "What rules score; those that have a method `fit` learn from the training set."
+    found = {}
+    for name, guess in task.guesses.items():
+        if hasattr(guess, "fit"):
+            guess.fit(splits["train"])
+        found[name] = measure(task.goal, splits["test"], guess)
+    return found
+
+
 # %% ../../nbs/task.ipynb #790dd3a8
 def bounds(
     name: str | Task,  # a key of TASKS, or a task
@@ -240,8 +285,8 @@ def bounds(
     if isinstance(task.goal, Classes):
         readers = {"majority class": None} | task.readers
     floors = {label: trivial(train, test, r) for label, r in readers.items()}
-    for label, guess in task.guesses.items():
-        floors[label] = task.goal.percent(measure(task.goal, test, guess))
+    scores = beside(task, splits)
+    floors |= {name: task.goal.percent(found) for name, found in scores.items()}
     if task.perfect is None:
         return floors, None
     right = task.perfect(test).cpu() == test.labels.cpu()
@@ -254,16 +299,23 @@ def understood(
     splits: dict[str, Any],  # as from load_task
 ) -> str:
     "What was understood of data of one's own, and what rules score that do not read."
-    goal, test = task.goal, splits["test"]
-    floors = [
-        f"{name} {goal.said(measure(goal, test, guess))}"
-        for name, guess in task.guesses.items()
-    ]
+    goal = task.goal
+    floors = [f"{name} {goal.said(s)}" for name, s in beside(task, splits).items()]
     if isinstance(goal, Classes):
         floors += [
             f"{name} {score:.1f} %" for name, score in bounds(task, splits)[0].items()
         ]
-    return f"{task.note}\nwithout reading, on the test: {'; '.join(floors)}"
+    return f"{task.note}\n{goal.floor}, on the test: {'; '.join(floors)}"
+
+
+# %% ../../nbs/task.ipynb #62102eb9
+def _answers(labels: torch.Tensor, goal: Goal) -> tuple[str, torch.Tensor]:
+    "How many classes there are and how frequent; labels as whole numbers."
+    if not isinstance(goal, Classes):
+        return "- | -", (labels.nan_to_num(0) * 1000).round().to(torch.int32)
+    share = 100 * labels.bincount() / len(labels)
+    said = f"{len(share)} | {share.min():.1f} to {share.max():.1f} %"
+    return said, labels.to(torch.uint8)
 
 
 # %% ../../nbs/task.ipynb #8a9de909
@@ -279,9 +331,9 @@ def describe(
         "checksum |",
         "|---|---:|---|---:|---|---|",
     ]
-    source = ""
+    source, goal = "", task_named(name).goal
     for part, b in load_task(name, root, **options).items():
-        count, digest = b.labels.bincount(), hashlib.sha256()
+        (said, wanted), digest = _answers(b.labels, goal), hashlib.sha256()
         if isinstance(b, Batch):
             shape = tuple(b.inputs.shape[1:])
             content = [(b.inputs * 1000).round().to(torch.int32)]
@@ -291,11 +343,8 @@ def describe(
             shape = f"{n.min():,} to {n.max():,}, mean {n.float().mean():,.0f}{pairs}"
             content = [*b.values.split(1 << 24), n]
             source = f"\n\nSource: {b.source}"
-        for t in (*content, b.labels.to(torch.uint8)):
+        for t in (*content, wanted):
             digest.update(t.numpy().tobytes())
-        low, high = 100 * count.min() / count.sum(), 100 * count.max() / count.sum()
-        rows.append(
-            f"| {part} | {count.sum():,} | {shape} | {len(count)} | "
-            f"{low:.1f} to {high:.1f} % | {digest.hexdigest()[:8]} |"
-        )
+        found = f"{len(b.labels):,} | {shape} | {said} | {digest.hexdigest()[:8]}"
+        rows.append(f"| {part} | {found} |")
     return "\n".join(rows) + source

@@ -29,10 +29,11 @@ from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
 from ..model import LaSTransformer, count_parameters
 from ..settings import Recipe, Table, flat, read_recipe, stored
-from ..tasks import Batch, Goal, Sequences, TASKS, Task, batches, bounds
+from ..tasks import Batch, Goal, Sequences, TASKS, Task, batches, beside, bounds
 from ..tasks import measure, prepared, read_raw, reading_order, register_task
 from ..tasks import understood
 from ..tasks.sequences import checksum
+from ..tasks.series import read_series, windows_in
 from .checkpoint import CannotWrite, InUse, NotFinite
 from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
@@ -591,7 +592,7 @@ def learn(self: Trainer, batch: Batch) -> None:
     asked = weight * self.task.goal.asked(batch.labels)
     # mean: loss of this process's share
     norm, mean = norm.detach().to(self.sums), loss.detach()
-    loss = loss * whole * batch.labels[:1].numel() / self.world
+    loss = loss * whole * self.task.goal.each(batch.labels) / self.world
     tokens = (
         batch.inputs.shape[1] * len(batch.labels)
         if batch.lengths is None
@@ -993,6 +994,7 @@ def progress_so_far(self: Trainer) -> dict[str, Any]:
     )
 
 
+# %% ../../nbs/18_train.ipynb #25088332
 @patch
 def record(
     self: Trainer,
@@ -1003,6 +1005,7 @@ def record(
     became."""
     known, goal = self.progress_so_far(), self.task.goal
     floors, ceiling = bounds(self.task, self.data)
+    rules = beside(self.task, self.data)
     return known | dict(
         test=goal.percent(found),
         nats=found[goal.lost],
@@ -1011,6 +1014,7 @@ def record(
         entropy=attention_entropy(self.answering, self.data["valid"]),
         trivial=floors,
         ceiling=ceiling,
+        **(dict(beside=rules) if rules else {}),
     )
 
 
@@ -1217,6 +1221,9 @@ def _labelled(
         task = task_of(recipe)
         return task, load_data(recipe, root)[split]
     made = task.preparation
+    if new and made.goal == "forecast":
+        found = read_series(new, Table(**made.columns))
+        return task, windows_in(made, found.values, found.source)
     if new:
         return task, prepared(made, read_raw(new, Table(**made.columns)))
     if recipe.task not in TASKS:

@@ -87,8 +87,9 @@ def share_loss(
     goal: Goal | None = None,  # of the task; None: Classes
 ) -> torch.Tensor:  # the mean over processes is the mean over the batch
     "The loss of one process's share of a batch."
-    total = (goal or Classes()).loss(outputs, labels, smoothing)
-    return total * (world / (whole * max(1, labels[:1].numel())))
+    goal = goal or Classes()
+    total = goal.loss(outputs, labels, smoothing)
+    return total * (world / (whole * goal.each(labels)))
 
 
 # %% ../../nbs/optim.ipynb #0b71a002

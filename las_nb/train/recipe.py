@@ -28,11 +28,12 @@ from typing import Any, Callable
 from .._util import check_choice, nearest
 from ..mixers import MIXERS, check_mixer, mixer_options
 from ..model import LaSTransformer
-from ..settings import Recipe, Table, flat, nested, one_value, read_options
-from ..settings import short_names, stored
+from ..settings import Recipe, Series, Table, flat, nested, one_value
+from ..settings import read_options, short_names, stored
 from ..smoothing import Window, window_weights
 from ..tasks import Batch, Sequences, TASKS, Task, load_task, stored_preparation
 from ..tasks import task_named
+from ..tasks.series import read_series, series_facts
 from ..tasks.tables import file_facts
 
 
@@ -53,7 +54,9 @@ def check(
         raise ValueError(f"{recipe.task} has no tokens to learn: leave tokens out")
     if data.path and not (task.any_text or task.any_data):
         raise ValueError(f"{recipe.task} has data of its own: leave data out")
-    named = [name for name, value in vars(recipe.table).items() if value]
+    said = vars(recipe.table) | vars(recipe.series)
+    usual = vars(Table()) | vars(Series())
+    named = [name for name, value in said.items() if value != usual[name]]
     if named and not task.any_data:
         raise ValueError(
             f"{recipe.task} has data of its own: leave {' and '.join(named)} out, or "
@@ -242,7 +245,7 @@ def read_command(
         name, _, value = option.partition(" ")
         if name == "mixer_options":
             settings[name] = read_options(value)
-        elif name == "window" and not value.isdigit():
+        elif name in ("window", "quantiles") and not value.isdigit():
             settings[name] = tuple(map(float, value.split()))
         elif name != "import":
             quoted = value[:1] in ("'", '"')
@@ -271,8 +274,9 @@ def identity(
     "What runs of the same settings, and only they, have in common."
     said = stored(recipe)
     # later settings: runs that do not use them stay what they were
-    if recipe.table == Table():
-        del said["table"]
+    for name, kind in dict(table=Table, series=Series).items():
+        if getattr(recipe, name) == kind():
+            del said[name]
     for group, names in _LATER.items():
         usual = vars(type(getattr(recipe, group))())
         for name in names:
@@ -292,6 +296,9 @@ def task_of(
     task, data = task_named(recipe.task), recipe.data
     if not (task.any_data and data.path):
         return task
+    if recipe.series.forecast:
+        found = read_series(data.path, recipe.table)
+        return task._replace(**series_facts(found, recipe.series, data.length))
     return task._replace(**file_facts(data.path, recipe.table, data.length))
 
 
