@@ -645,7 +645,8 @@ def _fast_when_long(results: Path) -> Finding:
 def _slow_when_short(results: Path) -> Finding:
     "At max_rate 0.5 and 64 steps or less, is LaS slower?"
     some = _cases(results, "bench-cpu-small")
-    some = [c for c in some if c["max_rate"] == 0.5 and c["L"] <= 64]
+    some = [c for c in some if c["max_rate"] == 0.5]
+    some = [c for c in some if c["L"] <= 64]
     ways = [c["ways"] for c in some]
     good = all(w["auto"]["low"] > w["plain"]["high"] for w in ways)
     return Finding(exact(good), _ratios(some))

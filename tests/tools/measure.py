@@ -1,4 +1,4 @@
-"""What running each chapter costs: processor time and peak memory, into nbs/results/pages.json; `make sync` writes them under
+"""What running each chapter costs: processor time and peak memory, into tests/tools/costs.json; `make sync` writes them under
 the titles.
 
     python tests/tools/measure.py [NAME...]    # such as 05_las; without a name all of them"""
@@ -7,7 +7,7 @@ import json, os, platform, resource, subprocess, sys, tempfile
 from pathlib import Path
 import pages
 
-FILE = pages.NBS / "results" / "pages.json"
+FILE = Path(__file__).with_name("costs.json")
 
 
 def measured(path):

@@ -80,7 +80,9 @@ def badge(path):
 def cost(path):
     """What running a page costs, as measure.py found it: seconds of a processor, rounded
     up, and memory; None for a page that was not measured."""
-    record = json.loads((NBS / "results" / "pages.json").read_text(encoding="utf-8"))
+    record = json.loads(
+        Path(__file__).with_name("costs.json").read_text(encoding="utf-8")
+    )
     if path.stem not in record:
         return None
     seconds, mib = record[path.stem]["cpu_seconds"], record[path.stem]["peak_mib"]
