@@ -5,6 +5,7 @@ owner from settings.ini, writes the reference (reference.py), and makes README.m
 
 import base64, json, math, re, sys
 import colab
+from pathlib import Path
 from project import NBS, ROOT, git_url, settings
 
 
