@@ -28,7 +28,7 @@ command = functools.partial(forked, "las_bench")
         (["--lengths", "10x"], "--lengths takes whole numbers"),
         (["--lengths", "0"], "--lengths"),
         (["--max_rate", "-1"], "--max_rate takes numbers >= 0"),
-        (["--ways", "plain,fast"], "--ways must be one of 'plain', 'auto'"),
+        (["--ways", "plain,fast"], "--ways must be one of 'plain', 'plain-native'"),
         (["--dtype", "float8"], "invalid choice 'float8'"),
         (["--device", "tpu"], "invalid choice 'tpu'"),
         (["--pool", "max"], "--pool is scores or weights"),

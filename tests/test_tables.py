@@ -739,7 +739,7 @@ def test_a_task_from_python_trains_and_predicts(tmp_path):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["train", "table"], "table is a file of your own: las train --data PATH"),
+        (["train", "table"], "this is for a file of your own: las train --data PATH"),
         (
             ["train", "digits", "--data", "x.csv"],
             "digits has data of its own: leave data out",

@@ -61,7 +61,7 @@ def test_presets_build_a_model_that_runs(task):
         recipe = preset(task, preset=name)
         model = build(recipe)
         inputs = (
-            torch.randn(2, 16, 1)
+            torch.randn(2, 16, about.in_features or 1)
             if about.vocab is None
             else torch.randint(about.vocab, (2, 2, 16) if about.pairs else (2, 16))
         )
