@@ -3,6 +3,7 @@ limits, and what becomes of it where it cannot be built."""
 
 import itertools, os, subprocess, sys
 import pytest, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from las_nb import las_attention, las_dense
 from las_nb.fast import api, native
 from las_nb.fast.bands import _TRUSTED
@@ -283,6 +284,14 @@ def test_refused(change, why):
     a, _ = inputs(1, 40, **(dict(D=16) | change))
     with pytest.raises(ValueError, match=f"method 'native' {why}"):
         las_attention(*a, SPEEDS, method="native")
+
+
+def test_tensors_without_memory_are_refused():
+    "Their data pointer is no place to read from."
+    with FakeTensorMode():
+        x = torch.randn(1, 2, 600, 8)
+        with pytest.raises(ValueError, match="needs tensors of torch's own kind"):
+            las_attention(x, x, x, (0.1, 0.5), method="native")
 
 
 def run(code, **env):

@@ -499,6 +499,8 @@ def _why_not_here(
         return "weights of the window that are not trained"
     if torch.compiler.is_compiling() or transformed(q, v, window):
         return "calls outside torch.compile and torch.func"
+    if type(q) not in (torch.Tensor, torch.nn.Parameter):  # such as FakeTensor
+        return "tensors of torch's own kind"
     return why_not_native()
 
 
