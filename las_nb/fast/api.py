@@ -531,6 +531,7 @@ def _takes_native(
     return not plain and native_works()
 
 
+# %% ../../nbs/function.ipynb #fe930ca8
 def _way(
     q: torch.Tensor,
     v: torch.Tensor,
