@@ -142,12 +142,13 @@ def _git(*args: str) -> str:
 # the code that runs is that of the first call, whatever happens to the files later
 @functools.cache
 def commit_id() -> str:
-    """The commit of the code that runs: a short hash, with "-dirty" when files differ
-    from it; "unknown" outside git."""
+    """The commit of the code that runs: a short hash, with "-dirty" when files of the
+    library differ from it; "unknown" outside git."""
     try:
         # an installed copy may lie inside somebody else's repository
         _git("ls-files", "--error-unmatch", "__init__.py")
-        return _git("describe", "--always", "--dirty", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return _git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
