@@ -23,16 +23,17 @@ def _train(asked: settings.Train, given: list[str]) -> None:
         needs("tensorboard")
 
     def call():
-        from las_nb.train import preset, run_name, train
+        from las_nb.settings import read_recipe
+        from las_nb.train import run_name, train
 
         values = settings.flat(asked)
         changes = {name: values[name] for name in given if name not in {*run, "task"}}
         kept = {name: run.pop(name) for name in ("out", "resume")}
         record = train(asked.task, **kept, options=run, **changes)
-        recipe = preset(asked.task, **changes)
-        where = kept["out"] or Path("runs") / run_name(recipe)
+        where = Path("runs") / run_name(read_recipe(record["recipe"]))
         if is_first():
-            print(f"{summary(record)}\nweights, curves.png and results.json in {where}")
+            said = f"weights, curves.png and results.json in {kept['out'] or where}"
+            print(f"{summary(record)}\n{said}")
 
     guarded(call, "go on with the same command and --resume")
 

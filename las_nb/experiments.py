@@ -17,7 +17,7 @@ from .results.record import read_record, recipe_of, record_file, write_record
 from .settings import Work, flat, read_recipe
 from .tasks import DataError, TASKS
 from .train import CannotWrite, InUse, Stopped, TrainingError, checkpoints
-from .train import preset, presets, run_name, train
+from .train import preset, presets, suited, run_name, train
 from .train.checkpoint import read_facts
 
 
@@ -76,12 +76,22 @@ def _rate_trials() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
     }
 
 
+# %% ../nbs/experiments.ipynb #d45ebb85
+def _auto_runs() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
+    "Settings from the data, where others were tried: see the page auto."
+    digits = dict(task="digits", **suited(1212, 64))
+    runs = {f"auto-digits-{seed}": digits | dict(seed=seed) for seed in range(3)}
+    tenth = dict(task="smnist", limit=5400, **suited(5400, 784))
+    reviews = dict(task="text", limit=1500, **suited(1500, 3328, tokens=True))
+    return runs | {"auto-smnist-0": tenth, "auto-text-0": reviews}
+
+
 # %% ../nbs/experiments.ipynb #4921674d
 def experiments() -> dict[str, dict[str, Any]]:  # name -> arguments of preset
     "The runs of this book, in the order in which they are made."
     full = {run_name(preset(**r)): r for r in _gpu_runs()}
     small = {run_name(preset(**r)): r for r in _cpu_runs()}
-    return full | _short_runs() | small | _rate_trials()
+    return full | _short_runs() | small | _rate_trials() | _auto_runs()
 
 
 # %% ../nbs/experiments.ipynb #0de50463

@@ -248,7 +248,8 @@ class Recipe:
     table: Table = field(default_factory=Table)
     series: Series = field(default_factory=Series)
     seed: int = 0  # of weights, order and dropout
-    preset: str = "fast"  # of the task: fast, cpu, paper, short or smoke
+    # of the task: fast, cpu, paper, short or smoke; auto: what suits its data
+    preset: str = "fast"
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -13,6 +13,8 @@ __all__ = [
     "command_line",
     "build",
     "load_data",
+    "chosen",
+    "suited",
     "learning_rate",
     "plateau_drops",
     "parameter_groups",
@@ -43,6 +45,7 @@ from .._util import Stopped, TrainingError
 from ..settings import Recipe
 from .recipe import identity, preset, presets, PRESETS
 from .recipe import run_name, command_line, build, load_data
+from .auto import chosen, suited
 from .optim import learning_rate, plateau_drops, parameter_groups
 from .optim import batch_size, best_precision, moving_average, share_loss
 from .checkpoint import NotFinite, InUse, CannotWrite
@@ -61,6 +64,8 @@ _all_ = [
     "command_line",
     "build",
     "load_data",
+    "chosen",
+    "suited",
     "learning_rate",
     "plateau_drops",
     "parameter_groups",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from fastcore.basics import patch
 from .._util import EXTENSIONS, Stopped, TrainingError, at_home, check_choice
-from .._util import commit_id
+from .._util import commit_id, is_first
 from .._util import read_json, replace_file, world_size
 from ..attention import entropy
 from ..mixers import MIXERS, NotRegistered, check_mixer
@@ -34,6 +34,7 @@ from ..tasks import measure, prepared, read_raw, reading_order, register_task
 from ..tasks import understood
 from ..tasks.sequences import checksum
 from ..tasks.series import read_series, windows_in
+from .auto import chosen
 from .checkpoint import CannotWrite, InUse, NotFinite
 from .checkpoint import checkpoints, load_checkpoint, read_facts
 from .checkpoint import save_checkpoint
@@ -1072,6 +1073,33 @@ def _draw_curves(record: dict[str, Any], goal: Goal) -> bytes:  # a PNG
     return image.getvalue()
 
 
+# %% ../../nbs/18_train.ipynb #ba43b5e1
+def _check_given(out: Path, known: Recipe, asked: Recipe, given: Any) -> None:
+    "Raise `TrainingError` where a run that goes on is another than what is asked."
+    before, now = flat(known), flat(asked)
+    for key in given:
+        if before[key] != now[key]:
+            raise TrainingError(
+                f"the run in {out} has {key} {before[key]}, not {now[key]}; "
+                "leave that out, or choose another folder with --out"
+            )
+
+
+def _chosen(task: str, options: dict[str, Any], given: dict[str, Any]) -> Recipe:
+    "What suits the data; the first process says what it is."
+    gpu = torch.cuda.is_available() and not options.get("cpu")
+    root, device = options.get("root"), "cuda" if gpu else "cpu"
+    recipe, said = chosen(task, root, device, **given)
+    if options.get("progress", True) and is_first():
+        print(said, flush=True)
+    return recipe
+
+
+# what a run's results are told by
+_IN_SUMMARY = ("name", "recipe", "test", "valid", "epochs", "params", "device")
+_IN_SUMMARY += ("seconds_per_epoch", "tokens_per_s", "peak_memory")
+
+
 # %% ../../nbs/18_train.ipynb #01ba4ade
 def train(
     task: str | Task,  # a key of TASKS, or a task, which then is called "own"
@@ -1079,7 +1107,8 @@ def train(
     resume: bool = False,  # go on with the run in `out`, if there is one
     name: str | None = None,  # of the record; None = that of run_name
     options: dict[str, Any] | None = None,  # arguments of Trainer: root, cpu, ...
-    **changes: Any,  # settings by their short names, see preset
+    # settings by their short names, see preset; preset "auto": what suits the data
+    **changes: Any,
 ) -> dict[str, Any]:  # the record
     """Train one model, or go on with a run that was cut; a finished one is only read.
 
@@ -1088,7 +1117,10 @@ def train(
     if isinstance(task, Task):
         register_task("own", task)
         task = "own"
-    recipe = preset(task, **changes)
+    auto = changes.get("preset") == "auto"
+    if auto:
+        del changes["preset"]
+    recipe, options = preset(task, **changes), options or {}
     out = at_home(out or Path("runs") / run_name(recipe))
     if known := _stored_recipe(out):
         if not resume:
@@ -1096,13 +1128,7 @@ def train(
                 f"{out} holds a run already; go on with --resume, or choose another "
                 "folder with --out"
             )
-        before, now = flat(known), flat(recipe)
-        for key in ("task", *changes):
-            if before[key] != now[key]:
-                raise TrainingError(
-                    f"the run in {out} has {key} {before[key]}, not {now[key]}; "
-                    "leave that out, or choose another folder with --out"
-                )
+        _check_given(out, known, recipe, ("task", *changes))
         recipe = known
         if (out / "results.json").exists():
             # a run killed at its very end
@@ -1119,12 +1145,9 @@ def train(
         raise TrainingError(
             f"{out} holds a model that is no run's; choose another folder with --out"
         )
-    return Trainer(recipe, out, name=name, **options or {}).run()
-
-
-# what a run's results are told by
-_IN_SUMMARY = ("name", "recipe", "test", "valid", "epochs", "params", "device")
-_IN_SUMMARY += ("seconds_per_epoch", "tokens_per_s", "peak_memory")
+    elif auto:
+        recipe = _chosen(task, options, changes)
+    return Trainer(recipe, out, name=name, **options).run()
 
 
 # %% ../../nbs/18_train.ipynb #7c1680f6

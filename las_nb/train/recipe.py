@@ -177,8 +177,11 @@ def preset(
                 "use model 'las'"
             )
     known = presets(task)
-    check_choice("preset", changes.get("preset", "fast"), tuple(known))
-    settings = known[changes.get("preset", "fast")] | changes
+    which = changes.get("preset", "fast")
+    check_choice("preset", which, (*known, "auto"))
+    if which == "auto":
+        raise ValueError("preset auto reads the data first: it is for las train only")
+    settings = known[which] | changes
     recipe = nested(dict(task=task) | settings)
     check(recipe)
     return recipe
