@@ -24,7 +24,7 @@ __all__ = [
 import io, itertools, json, os, re, statistics, sys, time
 import torch
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 from ._command import guarded
 from ._util import at_home, check_choice, commit_id, import_extension, read_json
 from ._util import replace_file
@@ -33,7 +33,7 @@ from .experiments import same_settings, work_off
 from .model import count_parameters
 from .results import compare_table, paired_difference, plot_differences
 from .results import plot_tradeoff
-from .results.record import read_record, record_file
+from .results.record import read_record, read_records, record_file
 from .settings import Compare, short_names
 from .tasks import Batch, TASKS, batches, reading_order
 from .train import build, identity, load_data, preset
@@ -69,6 +69,7 @@ def parse_toml(path: str | Path) -> dict[str, Any]:
 _KINDS = {
     "imports": (list, "a list"),
     "seeds": (list, "a list of whole numbers"),
+    "also": (list, "a list of grids whose runs count where settings are the same"),
     "cost": (bool, "true or false"),
     "curves": (bool, "true or false"),
     "tasks": (dict, "tables"),
@@ -118,7 +119,7 @@ def arguments(task: str, table: dict[str, Any]) -> dict[str, Any]:  # of preset
 
 # %% ../nbs/12_compare.ipynb #d774a7e3
 _ENTRIES = ("imports", "seeds", "reference", "tolerance", "cost", "curves", "tasks")
-_ENTRIES += ("mixers",)
+_ENTRIES += ("mixers", "also")
 
 
 def read_grid(
@@ -349,14 +350,31 @@ def _difference(
 
 
 # %% ../nbs/12_compare.ipynb #3b478875
+def _shared(
+    cells: dict[str, dict[str, Any]], results: str | Path, also: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    "Records that other grids have of cells with the same settings."
+    found: dict[str, dict[str, Any]] = {}
+    for grid in also:
+        for record in read_records(Path(results) / f"{grid}.jsonl").values():
+            for name, args in cells.items():
+                alike = all(args[n] == record[n] for n in ("task", "model", "seed"))
+                if alike and same_settings(record, args):
+                    found.setdefault(name, record)
+    return found
+
+
 def load_cells(
     cells: dict[str, dict[str, Any]],  # as from read_grid
     results: str | Path,  # folder of results files
+    # other grids, as from `also`: their runs count where settings are the same
+    also: Iterable[str] = (),
     # name of a cell -> its record, for those that are finished
 ) -> dict[str, dict[str, Any]]:
     "The records of a grid."
     found = {name: read_record(results, name) for name in cells}
     found = {name: record for name, record in found.items() if record is not None}
+    found |= _shared({n: a for n, a in cells.items() if n not in found}, results, also)
     for name, record in found.items():
         if not all(type(record.get(n)) in (int, float) for n in _SHOWN):
             raise ValueError(
@@ -374,14 +392,19 @@ def compare_main(asked: Compare) -> None:
     "The body of `las compare`."
     grid, results, action = asked.grid, Path(asked.results), asked.action
     cells, table = guarded(lambda: (read_grid(grid), parse_toml(grid)), "")
+    also = table.get("also", [])
     if action != "show":
-        work_off(cells, action, asked, asked.weights, table.get("curves", False))
+        shared = guarded(lambda: _shared(cells, results, also), "")
+        todo = {name: args for name, args in cells.items() if name not in shared}
+        if shared:
+            print(f"{len(shared)} of {len(cells)} cells are runs of {', '.join(also)}")
+        work_off(todo, action, asked, asked.weights, table.get("curves", False))
     if action == "list":
         return
     folder = results / Path(grid).stem
 
     def show():
-        records = load_cells(cells, results)
+        records = load_cells(cells, results, also)
         costly = action == "run" and table.get("cost", True)
         if costly and len(records) == len(cells):
             _write_cost(folder / "cost.json", cells, grid, asked.root, asked.cpu)

@@ -22,6 +22,7 @@ from las_nb.results import (
     plot_tradeoff,
 )
 from las_nb.experiments import experiments
+from las_nb.settings import stored
 from las_nb.train import preset
 from pages import ROOT
 
@@ -68,6 +69,30 @@ def test_cells_are_the_product_seeds_outermost(grid):
         ("digits", "las", 0),
         ("digits", "s4d", 0),
     ] and parts("a-b/smnist-x-2-y-3") == ("smnist", "x-2-y", 3)
+
+
+def test_runs_of_other_grids_count_where_settings_are_the_same(grid):
+    ours = "seeds = [0]\nalso = ['other']\n[tasks.digits]\nlimit = 96\nepochs = 1\n"
+    ours += "[mixers.las]\n[mixers.wide]\nmixer = 'las'\nwindow = 7\n"
+    (grid / "tiny.toml").write_text(ours)
+    cells = read_grid(grid / "tiny.toml")
+    kept = dict(test=50.0, params=1, tokens_per_s=1.0, curve={})
+    records = []
+    for label, changed in ("a", dict(window=7)), ("b", dict(window=7, lr=1e-4)):
+        recipe = preset(**cells["tiny/digits-las-0"] | changed)
+        about = dict(task="digits", model="las", seed=0, command="", name=label)
+        records.append(kept | about | dict(recipe=stored(recipe)))
+    lines = "\n".join(map(json.dumps, records)) + "\n"
+    (grid / "results" / "other.jsonl").write_text(lines)
+    found = load_cells(cells, grid / "results", also=["other"])
+    assert {n: r["name"] for n, r in found.items()} == {"tiny/digits-wide-0": "a"}
+    assert not load_cells(cells, grid / "results")
+    listed = las_compare(grid, "--action", "list")
+    assert "1 of 2 cells are runs of other" in listed.stdout
+    assert "tiny/digits-las-0" in listed.stdout and "wide" not in listed.stdout
+    (grid / "tiny.toml").write_text(ours.replace("['other']", "'other'"))
+    refused = las_compare(grid, "--action", "list")
+    assert refused.returncode == 2 and "also must be a list" in refused.stderr
 
 
 def test_a_list_is_an_axis():
