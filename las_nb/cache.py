@@ -57,15 +57,15 @@ class CachedLaS:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        "How many keys a mask has to tell of, and how many it need not."
+        "How many keys a mask covers, and how many it may leave out."
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
-        "There is no longest text."
+        "There is no limit to the length of a text."
         return -1
 
     def reset(self) -> None:
-        "Begin anew."
+        "Start again with an empty past."
         self.state, self.length, self.waiting = None, 0, False
 
 
@@ -118,7 +118,7 @@ CachedLaS.batch_select_indices = CachedLaS.reorder_cache
 
 @patch
 def batch_repeat_interleave(self: CachedLaS, repeats: int) -> None:
-    "Every row so many times."
+    "Every row repeated so many times."
     if self.state is not None:
         rows = torch.arange(len(self.state.positions))
         self.state.reorder(rows.repeat_interleave(repeats))

@@ -42,7 +42,7 @@ def bits_per_byte(
     pieces: torch.Tensor,  # tokens `(n, context)`
     width: float,  # bytes per token
 ) -> float:
-    "How well a model foresees every token but the first of every piece."
+    "How well a model predicts every token but the first of every piece."
     loss = sum(model(p, labels=p).loss.item() * len(p) for p in pieces.split(16))
     return loss / len(pieces) / width / math.log(2)
 
@@ -56,7 +56,7 @@ def train_on(
     lr: float = 3e-4,  # the highest, after a tenth of the steps
     seed: int = 0,  # of the order
 ) -> None:
-    "Train a model further, on pieces that are drawn."
+    "Train a model further, on pieces drawn at random."
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
     g = torch.Generator().manual_seed(seed)
     for step in range(steps):

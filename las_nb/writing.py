@@ -28,7 +28,7 @@ def likely(
     temperature: float = 1.0,  # logits are divided by it; above 0
     top_p: float = 1.0,  # keep the likeliest tokens that have so much together
 ) -> torch.Tensor:  # probabilities `(..., n)`, 0 for what was not kept
-    """What tokens are drawn with; source of top-p: Holtzman et al. (2020), arXiv
+    """Probabilities to draw tokens with; source of top-p: Holtzman et al. (2020), arXiv
     1904.09751."""
     _check_way(temperature, top_p)
     s = logits.double()
@@ -90,7 +90,7 @@ def generate(
     # error allowed for far keys of LaS, which heads that decay then forget; None: exact
     tol: float | None = None,
 ) -> Iterator[int]:
-    """Write on, token by token; the same seed writes the same.
+    """Continue a text token by token; the same seed gives the same text.
 
     Raises `ValueError` for a model that is asked once per sequence, an empty prompt,
     and settings outside their range."""

@@ -21,7 +21,7 @@ from .sequences import batches, reading_order
 
 # %% ../../nbs/goals.ipynb #c6d4af25
 class Goal:
-    "What is asked of a model: the loss that is trained, and what answers are worth."
+    "What is asked of a model: the loss to train on, and how answers are scored."
 
     unit: str  # of the loss
     score: str  # what percentages are called, on axes
@@ -50,7 +50,7 @@ class Goal:
         return max(1, labels[:1].numel())
 
     def told(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        "The sums `(k,)` that `scores` wants, over a batch."
+        "The sums `(k,)` that `scores` needs, over a batch."
         raise NotImplementedError
 
     def scores(self, told: list[float], split: Any) -> dict[str, float]:
@@ -125,7 +125,7 @@ class Classes(Goal):
 
 # %% ../../nbs/goals.ipynb #7afd0ccd
 class Deviations(Goal):
-    "Numbers that answers come as near to as can be: the loss, and what is asked."
+    "Numbers, answered as closely as possible: the loss, and what is asked."
 
     def wanted(self, labels: torch.Tensor) -> torch.Tensor:
         "The numbers that labels ask for, `(b, k)`; NaN: nothing is asked."
@@ -157,7 +157,7 @@ class Deviations(Goal):
 
 # %% ../../nbs/goals.ipynb #b824d6ab
 class Numbers(Deviations):
-    "Numbers, one or several per sequence, as near as can be."
+    "Numbers, one or several per sequence, answered as closely as possible."
 
     unit: str = "squared deviations"
     score: str = "R² (%)"
