@@ -189,7 +189,7 @@ def needs(*packages: str) -> None:
 
 
 def trouble(e: BaseException) -> str:
-    "What torch says, in one line."
+    "Torch's error message, in one line."
     first = (str(e).splitlines() or [type(e).__name__])[0]
     full = any(s in str(e) for s in ("out of memory", "can't allocate", "ALLOC_FAILED"))
     if full:

@@ -183,7 +183,7 @@ def dense(
 
 
 def memory_left(device: str) -> float:
-    "Bytes that may be asked for without risk."
+    "Bytes that may safely be allocated."
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] / 2
     import psutil
@@ -460,7 +460,7 @@ def in_own_process(
     function: str,
     *args: Any,  # of the function
 ) -> int | None:  # bytes; None where it failed
-    "What a function that measures memory finds in a process of its own."
+    "The result of a function that measures memory, run in a process of its own."
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     from las_nb.bench import answer as target

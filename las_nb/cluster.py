@@ -31,7 +31,7 @@ def on_ray(
     cpu: bool = False,  # leave GPUs alone
 ) -> dict[str, str]:  # name -> outcome
     """Do a piece of work for every name, each as a task of a Ray cluster, and print a
-    line for each. A task whose worker dies is begun anew, three times at most.
+    line for each. A task whose worker dies is started again, three times at most.
 
     Raises `KeyboardInterrupt`, once all have stopped, and `ImportError` without Ray."""
     import ray

@@ -105,7 +105,7 @@ def _variants(mixers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 # %% ../nbs/12_compare.ipynb #3b045a90
 def arguments(task: str, table: dict[str, Any]) -> dict[str, Any]:  # of preset
-    "What a cell says, sorted into fields of the recipe and options of its mixer."
+    "The settings of a cell, sorted into fields of the recipe and options of its mixer."
     table = {k: None if v == "none" else v for k, v in table.items()}
     args = dict(task=task, model=table.pop("mixer"))
     for name in short_names():
@@ -225,7 +225,7 @@ def probe_step(args: dict[str, Any], root: str | None, device: str) -> int:  # b
 
 
 def parts(name: str) -> tuple[str, str, int]:  # task, label, seed
-    "What the name of a cell says."
+    "The parts of the name of a cell."
     cell = name.rpartition("/")[2]
     # the longest task that fits: a name may have dashes
     known = [re.escape(t) for t in sorted(TASKS, key=len, reverse=True)]

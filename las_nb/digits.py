@@ -124,11 +124,11 @@ class _RemoteBar:
         self.queue, self.key = queue, key
 
     def update(self, n: int) -> None:
-        "`n` batches more are done."
+        "Count `n` more batches as done."
         self.queue.put((self.key, n, None))
 
     def set_postfix(self, **values: str) -> None:
-        "What stands behind the bar."
+        "Set the text behind the bar."
         self.queue.put((self.key, 0, values))
 
 

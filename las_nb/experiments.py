@@ -113,7 +113,7 @@ def status(
     # name -> arguments of preset; by default experiments()
     todo: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[str, str]:  # "finished", "failed", "cut" or "waiting"; details
-    "How an experiment stands."
+    "The state of an experiment."
     args = (todo or experiments())[name]
     try:
         if record := read_record(results, name):

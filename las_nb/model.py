@@ -238,7 +238,7 @@ def _block_step(
 
 # %% ../nbs/06_model.ipynb #39b80e4a
 class Pretrained(nn.Module):
-    "A model that is made again from its `config` and its weights."
+    "A model that can be rebuilt from its `config` and its weights."
 
     config: dict[str, Any]
 
@@ -611,7 +611,7 @@ def generate(
     max_tokens: int = 200,  # written at most
     **how: Any,  # temperature, top_p, seed, end and tol of writing.generate
 ) -> Iterator[int]:
-    "Write on, token by token; raises `ValueError` as `writing.generate` does."
+    "Continue a text token by token; raises `ValueError` as `writing.generate` does."
     return writing.generate(self, prompt, max_tokens, **how)
 
 
@@ -743,5 +743,5 @@ def pool_positions(
 def count_parameters(
     model: nn.Module,  # any module
 ) -> int:  # number of trainable parameters
-    "How many numbers training may change."
+    "The number of trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -76,7 +76,7 @@ class Predictor:
     def probabilities(
         self, x: Any, lengths: Any = None
     ) -> torch.Tensor:  # `(n, n_classes)`
-        "How likely the model holds each class of `preparation.classes`."
+        "How likely each class of `preparation.classes` is, says the model."
         return self.outputs(self.sequences(x, lengths)).softmax(-1)
 
     def embeddings(self, x: Any, lengths: Any = None) -> torch.Tensor:  # `(n, dim)`

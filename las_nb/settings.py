@@ -461,7 +461,7 @@ class Predict:
 
 @dataclass
 class Write:
-    "Let a stored language model go on with a text."
+    "Let a stored language model continue a text."
 
     checkpoint: str  # folder of a run, or one of its checkpoints
     prompt: str = ""  # what to go on with; by default a new text begins
@@ -478,7 +478,7 @@ class Write:
 # %% ../nbs/settings.ipynb #68c32daf
 @dataclass
 class Convert:
-    "Put LaS into a decoder of Hugging Face, train it on, and say what that cost."
+    "Put LaS into a Hugging Face decoder, train it further, and say what that cost."
 
     model: str  # a folder of save_pretrained, or a name on the Hub
     data: str | None = None  # a text file, or a folder of them; by default WikiText-2

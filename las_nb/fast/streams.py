@@ -154,7 +154,7 @@ def check_whole(self: State) -> None:
 
 @patch
 def advance(self: State, n: int, lengths: torch.Tensor | None = None) -> None:
-    "So many tokens more are known, or `lengths` of them."
+    "Count so many more tokens as known, or `lengths` of them."
     self.positions.add_(n if lengths is None else lengths)
 
 

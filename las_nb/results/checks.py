@@ -50,7 +50,7 @@ def check(
         [Path], Finding
     ],  # named as in the table of claims, after an underscore
 ) -> Callable[[Path], Finding]:  # the same
-    "Enter a check under its name."
+    "Register a check under its name."
     CHECKS[f.__name__.strip("_")] = f
     return f
 
@@ -93,7 +93,7 @@ def versus(
 def every(
     findings: list[Finding],  # that must all hold
 ) -> Finding:  # fails where one does
-    "What several findings say together; of the p-values the largest is kept."
+    "The joint verdict of several findings; their largest p-value is kept."
     verdicts = {f.verdict for f in findings}
     said = "; ".join(f.said for f in findings)
     known = [f.p for f in findings if f.p is not None]
@@ -141,7 +141,7 @@ def grid_scores(
     grid: str,  # a file of it, without .jsonl
     value: Callable[[dict[str, Any]], float] = _accuracy,  # of a record
 ) -> dict[str, dict[str, Scores]]:  # task -> label -> seed -> value
-    "What the runs of a grid came to."
+    "The scores of the runs of a grid."
     found: dict[str, dict[str, Scores]] = {}
     for name, record in read_records(Path(results) / f"{grid}.jsonl").items():
         task = record["task"]

@@ -235,7 +235,7 @@ def expected(
     # the range is widened by this share of its mean (of the error, for accuracies)
     tolerance: float = 0.25,
 ) -> list[tuple[float, float]]:  # (low, high) for every epoch
-    """Between which values a curve should run.
+    """The range in which a curve should lie.
 
     Raises `ValueError` when there is no run to learn from."""
     if not runs:

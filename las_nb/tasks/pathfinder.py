@@ -168,7 +168,7 @@ class _Kit:
 
 # %% ../../nbs/20_pathfinder.ipynb #7420ea75
 def ahead(angle: Any, distance: float) -> Any:  # `(..., 2)`: (y, x), whole numbers
-    "So far in a direction, rounded up; what only computers differ in does not count."
+    "So far in a direction, rounded up; differences between computers do not count."
     import numpy as np
 
     exact = distance * np.stack([np.sin(angle), np.cos(angle)], -1)
@@ -283,7 +283,7 @@ def extend(
     # which could be extended `(b,)`, all contours with one paddle more (meaningless
     # where they could not)
 ) -> tuple[Any, Contours]:
-    "One paddle more."
+    "Add one paddle."
     import numpy as np
 
     kit = ground.kit

@@ -335,7 +335,7 @@ def labels_of(
     targets: list[Any],  # one per sequence
     place: Callable[[int], str],  # where a sequence stands
 ) -> torch.Tensor:  # classes `(n,)`, or scaled numbers `(n, 1)`
-    "What a model is asked; raises `DataError` for classes that nobody knows."
+    "What a model is asked; raises `DataError` for unknown classes."
     if made.goal == "numbers":
         for i, t in enumerate(targets):
             if not isinstance(t, (int, float)) or not math.isfinite(t):

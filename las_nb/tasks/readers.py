@@ -186,7 +186,7 @@ def _class_folders(path: Path) -> Iterator[Row]:
 def rows_of(
     path: str | Path,  # a file, a folder of files, of class folders, or a dataset
 ) -> Iterator[Row]:
-    "The rows of whatever there is; raises `DataError` for what nobody can read."
+    "The rows of whatever there is; raises `DataError` for what cannot be read."
     path = at_home(path)
     if not path.exists():
         raise DataError(f"there is no {path}; name a file or a folder with --data")
@@ -218,7 +218,7 @@ _LIST = re.compile(
 
 
 def is_number(cell: Any, finite: bool = True) -> bool:
-    "Does it say a number?"
+    "Is it a number?"
     try:
         return math.isfinite(float(cell)) or not finite
     except (TypeError, ValueError):
@@ -242,7 +242,7 @@ class Column:
         self.kind, self.cells, self.wrong = "words" if words else "", [], ""
 
     def add(self, cell: Any, place: str) -> None:
-        "One cell more."
+        "Add one cell."
         missing = isinstance(cell, str) and cell.strip().lower() in _MISSING
         if missing or cell != cell:  # NaN alone is not itself
             cell = None
@@ -260,7 +260,7 @@ class Column:
         self.cells.append(cell)
 
     def start(self, cell: Any) -> None:
-        "Say by its first cell what the column holds."
+        "Decide from the first cell what the column holds."
         listed = isinstance(cell, str) and _LIST.fullmatch(cell)
         if isinstance(cell, (list, tuple)) or listed:
             self.kind = "lists"
@@ -302,7 +302,7 @@ def columns_of(
     rows: Iterator[Row],
     words: set[str],  # columns that hold words, even if they look like numbers
 ) -> Columns:
-    "A table of all rows; raises `DataError` for a column that comes up late."
+    "A table of all rows; raises `DataError` for a column that appears late."
     columns: dict[str, Column] = {}
     table = Columns(columns, [], [])
     for row in rows:

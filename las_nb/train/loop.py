@@ -237,7 +237,7 @@ def find_devices(self: Trainer, cpu: bool, precision: str) -> None:
 # %% ../../nbs/18_train.ipynb #4aa4fac2
 @patch
 def first(self: Trainer, work: Callable[[], Any]) -> None:
-    "Let the first process do something; what it cannot do, all cannot."
+    "Let the first process do something; if it fails, all fail."
     problem = None
     if self.rank == 0:
         try:
@@ -657,7 +657,7 @@ def look(self: Trainer) -> Sums:  # over all processes
 # %% ../../nbs/18_train.ipynb #ce908b09
 @patch
 def told_by_all(self: Trainer) -> list[float]:  # over all processes
-    "Read what was told of an evaluation so far."
+    "Read the sums of an evaluation so far."
     return self.accelerator.gather(self.told[None]).sum(0).tolist()
 
 
@@ -802,7 +802,7 @@ def evaluate(self: Trainer, part: str) -> dict[str, float]:
 # %% ../../nbs/18_train.ipynb #6b48b4f1
 @patch
 def sample(self: Trainer, tokens: int = 120) -> str:
-    "A text that the model begins and writes, always by the same draws."
+    "A text that the model writes, always with the same random draws."
     model, coder = self.answering, getattr(self.data["train"], "coder", None)
     letters = Letters(coder)
     written = generate(model.eval(), [0], tokens, temperature=0.7, end=0)
@@ -1027,7 +1027,7 @@ def _checksum_of(folder: Path) -> str:
 
 @patch
 def write(self: Trainer, record: dict[str, Any]) -> None:
-    "Weights, recipe, curves, results; then the checkpoints have served."
+    "Write weights, recipe, curves and results; then remove the checkpoints."
     try:
         self.answering.save_pretrained(self.out)
         record["weights"] = _checksum_of(self.out)

@@ -42,7 +42,7 @@ def check(
     recipe: Recipe,
     task: Task | None = None,  # what the recipe's task names; None: see TASKS
 ) -> None:
-    """Raise `ValueError` for names that nobody knows, and for what the task or the
+    """Raise `ValueError` for unknown names, and for what the task or the
     layer cannot do."""
     task, data = task or task_named(recipe.task), recipe.data
     check_mixer(recipe.mixer.name, ("plain", *MIXERS))
@@ -239,7 +239,7 @@ def command_line(recipe: Recipe) -> str:
 def read_command(
     text: str,  # as from command_line
 ) -> Recipe:
-    "The recipe that a command says, with today's defaults; raises `ValueError`."
+    "The recipe that a command describes, with today's defaults; raises `ValueError`."
     settings: dict[str, Any] = {}
     task, *options = (
         text.removeprefix("las train ").removeprefix("las_train ").split(" --")
