@@ -1,7 +1,7 @@
 """Data of one's own: files and arrays of every kind, what is understood of them, what is
 refused and how, and the three commands from a file to predictions."""
 
-import csv, json, math, re
+import csv, json, math, os, re, subprocess, sys
 import numpy as np
 import pytest, torch
 import las_nb
@@ -130,25 +130,86 @@ def test_the_same_in_every_kind_of_file(form, waves, tmp_path):
         assert torch.equal(got[part].labels, want[part].labels)
 
 
-def test_a_hugging_face_dataset(tmp_path):
-    datasets = pytest.importorskip("datasets")
+def third(datasets, i, known=True):
+    "A third of the waves; without their classes, where those are not known."
     features = datasets.Features(
         dict(
+            look=datasets.Image(),
             wave=datasets.Sequence(datasets.Value("float32")),
             label=datasets.ClassLabel(names=["slow", "fast"]),
         )
     )
+    labels = [int(n == "fast") if known else -1 for n in NAMES[i::3]]
+    found = dict(look=[None] * 20, wave=WAVES[i::3], label=labels)
+    return datasets.Dataset.from_dict(found, features=features)
 
-    def part(i):
-        found = dict(wave=WAVES[i::3], label=[int(n == "fast") for n in NAMES[i::3]])
-        return datasets.Dataset.from_dict(found, features=features)
 
-    parts = dict(train=part(0), validation=part(1), test=part(2))
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "waves"))
+def test_a_hugging_face_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = [third(datasets, i) for i in range(3)]
+    whole = datasets.DatasetDict(dict(zip(("train", "validation", "test"), parts)))
+    whole.save_to_disk(str(tmp_path / "waves"))
     task = Task.from_csv(tmp_path / "waves")
     assert task.preparation.classes == ["fast", "slow"] and sizes(task) == [20, 20, 20]
-    part(0).save_to_disk(str(tmp_path / "one"))
+    parts[0].save_to_disk(str(tmp_path / "one"))
     assert sizes(Task.from_csv(tmp_path / "one")) == [16, 2, 2]
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="^cannot read .*one: ") as e:
+        Task.from_csv(tmp_path / "one")
+    assert "\n" not in str(e.value)
+
+
+def test_a_dataset_by_its_name(tmp_path, monkeypatch, capsys):
+    """Pictures, other splits and those whose classes are secret are left out; one of
+    several configurations is asked for."""
+    datasets = pytest.importorskip("datasets")
+    parts = [third(datasets, i, known=i < 2) for i in range(3)]
+    names = "train", "unsupervised", "test"
+    asked = []
+
+    def give(*name):
+        asked.append(name)
+        return datasets.DatasetDict(dict(zip(names, parts)))
+
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert sizes(Task.from_csv("hf:some/waves")) == [16, 2, 2]
+    Task.from_csv("hf:waves")
+    words = ["train", "--data", "hf:some/waves/long", "--out", str(tmp_path / "r")]
+    main([*words, *"--dim 8 --depth 1 --epochs 1 --cpu".split()])
+    assert asked[:3] == [("some/waves",), ("waves",), ("some/waves", "long")]
+    assert "long: 20 sequences of 12 values, 2 classes" in capsys.readouterr().out
+    out = tmp_path / "out.csv"
+    assert predict_file(tmp_path / "r", "hf:some/waves/long", out, cpu=True) == 20
+
+    def refuse(*name):
+        raise ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"cannot read hf:other/waves: .* \['a', 'b'\]"):
+        Task.from_csv("hf:other/waves")
+    with pytest.raises(
+        DataError, match="no stanfordnlp/imdb.*or hf:stanfordnlp/imdb for"
+    ):
+        Task.from_csv("stanfordnlp/imdb")
+
+
+@pytest.mark.parametrize("offline", ["", "1"])
+def test_a_name_that_cannot_be_reached_gets_one_line(offline, tmp_path):
+    "At once: load_dataset alone tries for half a minute."
+    pytest.importorskip("datasets")
+    words = ["train", "--data", "hf:some/waves"]
+    nowhere = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    tried = subprocess.run(
+        [sys.executable, "-c", f"from las_nb.cli import main; main({words})"],
+        env=os.environ | nowhere | dict(HF_HUB_OFFLINE=offline),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    says = "cannot read hf:some/waves" if offline else "HF_HUB_OFFLINE=1 reads"
+    assert tried.returncode == 2 and says in tried.stderr, tried.stderr
+    assert tried.stderr.count("\n") == 1
 
 
 def test_sequences_of_many_lengths_and_missing_values(tmp_path):
