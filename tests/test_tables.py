@@ -619,6 +619,87 @@ def test_other_misuse():
         load_task(numbers)
 
 
+# --- text in learnt tokens
+
+
+GOOD = ["a fine film, and well played", "well played, and a fine story", "fine, fine"]
+BAD = ["a dull film, badly played", "badly played, and a dull story", "dull, dull"]
+REVIEWS = [text + "!" * i for i in range(10) for text in GOOD + BAD]
+VERDICTS = ["good"] * 3 + ["bad"] * 3
+
+
+def reviews(path, odd=""):
+    rows = [*zip(REVIEWS, VERDICTS * 10)]
+    split = [*["train"] * 48, *["test"] * 12]
+    rows = [(s, t + odd * (s == "test"), v) for s, (t, v) in zip(split, rows)]
+    return write_csv(path, ["split", "review", "verdict"], rows)
+
+
+def learns_tokens(path, out, *more):
+    words = asks(path, out, "verdict") + ["--text", "review", "--split", "split"]
+    sizes = "--tokens 280 --dim 16 --depth 1 --n_heads 2 --epochs 8 --cpu".split()
+    return [*words, *sizes, *more]
+
+
+def test_text_in_learnt_tokens(tmp_path, capsys):
+    "Learnt on the training part, kept beside the weights, and the same for new text."
+    pytest.importorskip("tokenizers")
+    path, run = reviews(tmp_path / "reviews.csv"), tmp_path / "run"
+    main(learns_tokens(path, run))
+    said = capsys.readouterr().out
+    assert re.search("60 sequences of 10 to 39 bytes, at most 17 of 280 tokens", said)
+    model = load(run)
+    made, vocab = model.preparation, model.model.vocab
+    assert (vocab, made.tokens, made.facts()["vocab"]) == (280, 280, 280)
+    laid = model.sequences(REVIEWS[:2])
+    assert laid.starts[1] < len(REVIEWS[0]) / 1.5 and laid.values.max() < 280
+    main(["eval", str(run), "--cpu"])
+    assert "test 100.00 % of 12 sequences" in capsys.readouterr().out
+    assert model([GOOD[1], BAD[1]]) == ["good", "bad"]
+    new = tmp_path / "new.csv"
+    write_csv(new, ["review"], [[GOOD[0]], [BAD[0]], ["\u00e9\U0001f600"]])
+    assert predict_file(run, new, tmp_path / "p.csv", cpu=True) == 3
+    found = [
+        r["predicted verdict"] for r in csv.DictReader((tmp_path / "p.csv").open())
+    ]
+    assert found[:2] == ["good", "bad"]
+    # what stands in the test alone is not learnt
+    other = Task.from_csv(
+        reviews(tmp_path / "odd.csv", " zzzzzzzzzzzzzzzz" * 3),
+        "verdict",
+        text="review",
+        split="split",
+        tokens=280,
+    )
+    assert other.preparation.coder == made.coder and other.vocab == 280
+    # and learnt again it is the same
+    again = Task.from_arrays(REVIEWS[:48], VERDICTS * 8, tokens=280)
+    assert again.vocab == 280 and again.preparation.kind == "text"
+
+
+def test_a_cut_run_in_tokens_goes_on(tmp_path):
+    pytest.importorskip("tokenizers")
+    from las_nb.train import Stopped
+
+    path = str(reviews(tmp_path / "reviews.csv"))
+    options = dict(data=path, target="verdict", text="review", split="split")
+    options |= dict(tokens=280, **SMALL)
+    with pytest.raises(Stopped):
+        train("table", tmp_path / "r", options=QUIET | dict(deadline=0), **options)
+    assert len(load(tmp_path / "r")(REVIEWS)) == 60
+    whole = train("table", tmp_path / "whole", options=QUIET, **options)
+    again = train("table", tmp_path / "r", resume=True, options=QUIET, **options)
+    assert again["curve"] == whole["curve"]
+
+
+def test_tokens_are_learnt_of_text_alone(waves):
+    says = "waves.csv holds values, and tokens are learnt of text: leave tokens out"
+    with pytest.raises(DataError, match=says):
+        Task.from_csv(waves, "kind", tokens=300)
+    with pytest.raises(DataError, match="the arrays holds values, and tokens"):
+        Task.from_arrays(WAVES, NAMES, tokens=300)
+
+
 # --- from a file to predictions
 
 
@@ -816,8 +897,8 @@ def test_a_task_from_python_trains_and_predicts(tmp_path):
         ),
         (["train", "--data", "x.csv", "--goal", "clases"], "goal"),
         (
-            ["train", "--data", "x.csv", "--tokens", "300"],
-            "table has no tokens to learn",
+            ["train", "--data", "x.csv", "--forecast", "3", "--tokens", "300"],
+            "series has no tokens to learn",
         ),
         (["predict", "runs/none"], "name the file to answer for with --data"),
         (["predict", "runs/none", "--data", "x.csv"], "there is no run in runs/none"),

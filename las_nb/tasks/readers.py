@@ -172,6 +172,7 @@ def _on_disk(path: Path) -> Any:
         raise DataError(f"cannot read {path}: {_in_a_line(e)}") from None
 
 
+# %% ../../nbs/readers.ipynb #780da9b1
 def _named_classes(rows: Any) -> dict[str, Callable[[int], str]]:
     "For each column of classes, what names their numbers; -1 says that none is known."
     kinds = rows.features.items()

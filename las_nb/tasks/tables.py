@@ -384,11 +384,13 @@ def _npz(path: Path, said: Table) -> Raw:
 
 
 def raw_dataset(
-    parts: dict[str | None, Any],  # split -> a torch Dataset of (sequence, target)
+    # split -> a torch Dataset of (sequence, target), or None
+    parts: dict[str | None, Any],
 ) -> Raw:
     "Sequences from datasets, whose items are a sequence and a target."
     found: dict[str | None, tuple[Any, ...]] = {}
-    for part, data in parts.items():
+    given = {part: data for part, data in parts.items() if data is not None}
+    for part, data in given.items():
         rows = (
             data
             if not hasattr(data, "__len__")
@@ -522,7 +524,9 @@ def _in_words(raw: Raw, made: Preparation) -> str:
         named = f" ({_few(made.channels)})" if made.channels else ""
         of = f"steps, {len(made.mean)} values each{named}"
     size = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    if made.length and high > made.length:
+    if made.coder:
+        of += f", at most {made.longest:,} of {made.tokens:,} tokens"
+    elif made.length and high > made.length:
         of += f", cut to {made.length:,}"
     what = f"{made.target}: a number from {{:.4g}} to {{:.4g}}, mean {{:.4g}}"
     if made.goal == "classes":
@@ -545,12 +549,14 @@ def own_facts(
     goal: str | None = None,  # "classes" or "numbers"; None: as the targets look
     length: int | None = None,  # steps that are read of longer sequences
     holes: bool = False,  # may values be missing?
+    tokens: int | None = None,  # of texts, to be learnt; None: bytes
 ) -> dict[str, Any]:  # arguments of Task
     "The task that sequences of one's own make."
     goal = _goal_of(raw, goal)
     parts, how = splits_of(raw, goal)
-    made = learn(raw, goal, parts["train"], length, holes)
+    made = learn(raw, goal, parts["train"], length, holes, tokens)
     whole = prepared(made, raw)
+    made.longest = int(whole.starts.diff().max())  # in tokens, of texts in tokens
     splits = {part: _part(whole, i) for part, i in parts.items()}
     sizes = [f"{len(i):,}" for i in parts.values()]
     note = _in_words(raw, made) + (
@@ -577,16 +583,17 @@ def _part(whole: Sequences, i: torch.Tensor) -> Sequences:
 
 @functools.lru_cache(maxsize=2)
 def _file_facts(
-    path: str, _: tuple[Any, ...], said: tuple[Any, ...], length: int | None
+    path: str, _: tuple[Any, ...], said: tuple[Any, ...], *sizes: int | None
 ) -> dict[str, Any]:
-    table = Table(**dict(said))
-    return own_facts(read_raw(path, table), table.goal, length, holes=True)
+    table, (length, tokens) = Table(**dict(said)), sizes
+    return own_facts(read_raw(path, table), table.goal, length, True, tokens)
 
 
 def file_facts(
     path: str | Path,  # see read_raw
     said: Table,
     length: int | None = None,  # steps that are read of longer sequences
+    tokens: int | None = None,  # of texts, to be learnt; None: bytes
 ) -> dict[str, Any]:  # arguments of Task
     "The task in a file; what was read last is remembered while the file is the same."
     path = at_home(path)
@@ -594,4 +601,5 @@ def file_facts(
     seen = [
         (str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files if p.exists()
     ]
-    return _file_facts(str(path), tuple(seen), tuple(asdict(said).items()), length)
+    how = tuple(asdict(said).items()), length, tokens
+    return _file_facts(str(path), tuple(seen), *how)
