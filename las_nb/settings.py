@@ -178,6 +178,7 @@ class Data:
         _check_number(self, "limit", 1)
         _check_number(self, "epoch_size", 1)
         _check_number(self, "coarse_epochs", 0)
+        _check_number(self, "length", 1)
         _check_number(self, "tokens", 257)
         if not 0 < self.share <= 1:
             raise ValueError(

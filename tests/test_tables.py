@@ -1,7 +1,7 @@
 """Data of one's own: files and arrays of every kind, what is understood of them, what is
 refused and how, and the three commands from a file to predictions."""
 
-import csv, json, math, os, re, subprocess, sys
+import csv, gzip, json, math, os, re, subprocess, sys
 import numpy as np
 import pytest, torch
 import las_nb
@@ -436,6 +436,15 @@ def test_long_sequences_are_cut(waves):
             dict(values="x"),
             "line 3: '4 five 6' is no list of numbers",
         ),
+        ("a;b;y\n1;0,5;u\n2;1,5;v\n", {}, "line 2: '0,5' may be a number or a list"),
+        ('text,y\n"one,u\n"two,v\n', {}, "x.csv, line 3: ',' expected after"),
+        (
+            "a,y\n" + "1,1.5\n2,2.5\n" * 9 + "3,inf\n",
+            {},
+            "line 20: y is 'inf', no number",
+        ),
+        ("a,y\n1,u\n", dict(values="a,y"), "y is what is to be answered: read other"),
+        ("t,y\na text,u\n", dict(text="y"), "y is what is to be answered: read other"),
     ],
 )
 def test_one_line_says_what_is_wrong_and_where(text, options, says, tmp_path):
@@ -469,8 +478,75 @@ def test_files_that_nobody_can_read(tmp_path):
     says(tmp_path / "x.jsonl", "line 2 has 'z', which the first row lacks")
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
     says(tmp_path / "x.npz", "x.npz holds a; x and y are wanted")
+    for found in ([0], {"k": 0}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(dict(a=1, y=found)) + "\n")
+        says(tmp_path / "x.jsonl", "line 1: y is .*; one class or number is wanted")
+    (tmp_path / "x.jsonl").write_text('{"a": {"b": 1}, "y": 2}\n')
+    says(tmp_path / "x.jsonl", "numbers stand in no column, texts in no column")
+    (tmp_path / "x.json").write_text('[{"x": 1, "y": 2}]')
+    says(tmp_path / "x.json", "line 1 is no object; every line is one, such as")
+    for name in ("x.csv", "x.csv.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"x,y\n1,2\n"))
+        says(tmp_path / name, f"{name} is packed .gz.: unpack it first")
     (tmp_path / "empty").mkdir()
     says(tmp_path / "empty", "holds no file of a known kind")
+
+
+def test_files_that_are_unusual_and_can_be_read(tmp_path):
+    "A mark at the beginning, ends of lines, an index without a name, long texts, ..."
+    path = tmp_path / "x.csv"
+
+    def note(rows, header, **options):
+        text = "\r\n".join([header, *rows]) + "\r\n"
+        path.write_bytes(("\ufeff" + text).encode())
+        return Task.from_csv(path, **options).note
+
+    says = "x.csv: 40 sequences of 2 values, 2 classes (0, 1) of y\nsplits at random"
+    twice = [f"{i};{i / 2};{i % 2}" for i in range(40)]
+    assert note(twice, "a;b;y").startswith(says)
+    indexed = [f"{i},{i},{i / 2},{i % 2}" for i in range(40)]
+    assert note(indexed, ",a,b,y").startswith(says)  # of pandas
+    odd = [f"{i % 3 == 0},2024-01-{1 + i % 28},{i},{i / 2},{i % 2}" for i in range(40)]
+    assert note(odd, "c,when,a,b,y").split("\n")[0].endswith("y; not read: c, when")
+    quoted = [f'"line\r\n""{i}"", {"x" * 200_000}",{i % 2}' for i in range(12)]
+    assert "12 sequences of 200,010 to 200,011 bytes" in note(quoted, "text,y")
+    decomposed = [f"{i},{i % 2}" for i in range(40)]
+    assert "1 values" in note(
+        decomposed, "gro\u0308\u00dfe,y", values="gr\u00f6\u00dfe"
+    )
+    parted = [f"{'train' if i < 30 else 'test'},{i},{i // 15}" for i in range(40)]
+    assert note(parted, "s,a,y", split="s").endswith("; nothing to train on of 2")
+
+
+@pytest.mark.parametrize(
+    "x, y, options, says",
+    [
+        (np.arange(40), NAMES, {}, "x has shape .40,.; an array or a list"),
+        ([1, 2, 3], NAMES, {}, "row 0 of train is 1; a sequence is wanted"),
+        ("abc", NAMES, {}, "x is str; an array or a list of sequences is wanted"),
+        (iter(WAVES), NAMES, {}, "x is list_iterator; an array or a list"),
+        (np.full((60, 3), np.datetime64("2024-01-01")), NAMES, {}, "x is datetime64"),
+        (np.ones((60, 3)) * 1j, NAMES, {}, "row 0 of train is complex"),
+        (WAVES, None, {}, "y is None; one target per sequence is wanted"),
+        (WAVES, [{1}] * 60, {}, "row 0 of train: target is {1}; one class or number"),
+        (WAVES, NAMES, dict(length=-1), "length must be at least 1; got -1"),
+        (["ab"] * 60, NAMES, dict(tokens=5), "tokens must be at least 257; got 5"),
+        (WAVES, NAMES, dict(goal="clases"), "goal must be one of .* got 'clases'"),
+    ],
+)
+def test_arrays_that_are_none(x, y, options, says):
+    with pytest.raises((DataError, ValueError), match=says) as e:
+        Task.from_arrays(x, y, **options)
+    assert "\n" not in str(e.value)
+
+
+def test_series_that_are_none():
+    for x, says in (
+        (np.full(100, np.nan), "channel 0 has no value in the training rows"),
+        (["a"] * 100, "the series is no sequence of numbers"),
+    ):
+        with pytest.raises(DataError, match=says):
+            Task.from_series(x, 3)
 
 
 def test_nan_in_arrays_is_named_with_its_row():

@@ -49,6 +49,7 @@ class Raw:
     channels: list[str] = field(default_factory=list)  # their names
     names: list[Any] | None = None  # of the sequences, such as groups of a long table
     name: str = "row"  # what its names are called
+    unread: list[str] = field(default_factory=list)  # columns, if nobody said which
     source: str = "the data"
     target: str = "target"
     columns: dict[str, Any] = field(default_factory=dict)  # how a file is read
@@ -111,6 +112,8 @@ def _of_kind(s: Any, kind: str, place: Callable[[], str]) -> Any:
                 f"{place()} is {x.dtype} {tuple(x.shape)}, others are tokens"
             )
         return x.long()
+    if x.is_complex():
+        raise DataError(f"{place()} is complex; give both parts, as two channels")
     if x.ndim not in (1, 2):
         raise DataError(
             f"{place()} has shape {tuple(x.shape)}; (steps,) or (steps, channels) is "
@@ -313,6 +316,9 @@ def learn(
     tokens of what is no text."""
     kept = dict(target=raw.target, columns=raw.columns, length=length, holes=holes)
     made = Preparation(raw.kind, goal, raw.channels, **kept)
+    for name, value, least in ("length", length, 1), ("tokens", tokens, 257):
+        if value is not None and value < least:
+            raise DataError(f"{name} must be at least {least}; got {value}")
     if tokens and raw.kind != "text":
         raise DataError(
             f"{raw.source} holds {raw.kind}, and tokens are learnt of text: leave "

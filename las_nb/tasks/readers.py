@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/readers.ipynb #adabb824
-import csv, itertools, json, math, re
+import csv, itertools, json, math, re, unicodedata
 from array import array
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -42,8 +42,22 @@ def part_of(name: object) -> str | None:
 
 
 # %% ../../nbs/readers.ipynb #060d17a1
+_PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
+_PACKED |= {".zip": b"PK\3\4", ".zst": b"\x28\xb5\x2f\xfd"}
+
+
+def _refuse_packed(path: Path) -> None:
+    "Raise `DataError` for a file that is compressed, whatever its name."
+    with open(path, "rb") as f:
+        begins = f.read(6)
+    for name, mark in _PACKED.items():
+        if begins.startswith(mark):
+            raise DataError(f"{path.name} is packed ({name[1:]}): unpack it first")
+
+
 def _lines(path: Path) -> Iterator[str]:
     "The lines of a UTF-8 file; raises `DataError` where it is none."
+    _refuse_packed(path)
     with open(path, encoding="utf-8-sig", newline="") as f:
         try:
             yield from f
@@ -63,8 +77,9 @@ def _delimiter(path: Path) -> str:
 
 def _csv(path: Path, part: str | None) -> Iterator[Row]:
     "The rows of a file with a header."
-    reader = csv.reader(_lines(path), delimiter=_delimiter(path))
-    header = [name.strip() for name in next(reader, [])]
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    reader = csv.reader(_lines(path), delimiter=_delimiter(path), strict=True)
+    header = [unicodedata.normalize("NFC", n).strip() for n in next(reader, [])]
     twice = [name for name in header if header.count(name) > 1]
     if not header or all(map(is_number, header)):
         raise DataError(f"{path.name} has no header: write names above its columns")
@@ -84,6 +99,9 @@ def _csv(path: Path, part: str | None) -> Iterator[Row]:
         raise DataError(f"{path.name}, line {reader.line_num}: {e}") from None
 
 
+_JSON_LINES = "every line is one, such as {'x': [1, 2], 'y': 'a'}"
+
+
 def _json(path: Path, part: str | None) -> Iterator[Row]:
     "The rows of a file of one JSON object per line."
     for number, line in enumerate(_lines(path), 1):
@@ -91,9 +109,9 @@ def _json(path: Path, part: str | None) -> Iterator[Row]:
         try:
             found = json.loads(line) if line.strip() else {}
         except ValueError as e:
-            raise DataError(f"{place} is no JSON: {e}; correct the line") from None
+            raise DataError(f"{place} is no JSON: {e}; {_JSON_LINES}") from None
         if not isinstance(found, dict):
-            raise DataError(f"{place} is no object such as {{'x': [1, 2], 'y': 'a'}}")
+            raise DataError(f"{place} is no object; {_JSON_LINES}")
         if found:
             yield Row(found, place, part)
 
@@ -261,6 +279,8 @@ def rows_of(
             + f", or {_HUB}{name} for a dataset of Hugging Face" * hub
         )
     if path.is_file():
+        if path.suffix.lower() in _PACKED:
+            _refuse_packed(path)
         if path.suffix.lower() not in _TABLES:
             raise DataError(
                 f"{path.name} is of no kind that is known: {' '.join(_TABLES)}, .npz, "
@@ -287,6 +307,10 @@ _LIST = re.compile(
 )
 
 
+_COMMA = re.compile(r"\s*-?[\d.]+,\d+\s*")  # 1,5 or 1,000 or two numbers
+_POINTS = "write numbers with a point, and lists with spaces"
+
+
 def is_number(cell: Any, finite: bool = True) -> bool:
     "Does it say a number?"
     try:
@@ -304,7 +328,7 @@ def _read_list(cell: Any) -> Any:
 class Column:
     "The cells of one column."
 
-    kind: str  # "words", "numbers" or "lists"; "" as long as nothing stands in it
+    kind: str  # "words", "numbers", "lists", "objects"; "" as long as nothing stands in it
     cells: Any  # a list; numbers: an array, with NaN where one is missing
     wrong: str  # what is said of the first cell that does not fit
 
@@ -317,7 +341,7 @@ class Column:
         if missing or cell != cell:  # NaN alone is not itself
             cell = None
         if not self.kind and cell is not None:
-            self.start(cell)
+            self.start(cell, place)
         if self.kind == "numbers":
             cell = self.as_number(cell, place)
         elif self.kind == "words" and cell is not None:
@@ -329,10 +353,14 @@ class Column:
                 cell = self.refuse(cell, place, "list of numbers")
         self.cells.append(cell)
 
-    def start(self, cell: Any) -> None:
+    def start(self, cell: Any, place: str) -> None:
         "Say by its first cell what the column holds."
         listed = isinstance(cell, str) and _LIST.fullmatch(cell)
-        if isinstance(cell, (list, tuple)) or listed:
+        if listed and _COMMA.fullmatch(cell):
+            self.wrong = f"{place}: {cell!r} may be a number or a list; {_POINTS}"
+        if isinstance(cell, dict):
+            self.kind = "objects"
+        elif isinstance(cell, (list, tuple)) or listed:
             self.kind = "lists"
         elif is_number(cell, finite=False) and not isinstance(cell, bool):
             self.kind, self.cells = "numbers", array("d", [math.nan] * len(self.cells))
@@ -353,7 +381,7 @@ class Column:
 
 def _as_words(cell: Any) -> Any:
     "A cell of words, as a file of text would hold it; lists of words stay."
-    if isinstance(cell, (str, list, tuple)):
+    if isinstance(cell, (str, list, tuple, dict)):
         return cell
     whole = isinstance(cell, float) and cell.is_integer()
     return str(int(cell)) if whole else str(cell)
