@@ -509,7 +509,7 @@ def test_files_that_are_unusual_and_can_be_read(tmp_path):
     odd = [f"{i % 3 == 0},2024-01-{1 + i % 28},{i},{i / 2},{i % 2}" for i in range(40)]
     assert note(odd, "c,when,a,b,y").split("\n")[0].endswith("y; not read: c, when")
     quoted = [f'"line\r\n""{i}"", {"x" * 200_000}",{i % 2}' for i in range(12)]
-    assert "12 sequences of 200,010 to 200,011 bytes" in note(quoted, "text,y")
+    assert "12 sequences of 200,011 to 200,012 bytes" in note(quoted, "text,y")
     decomposed = [f"{i},{i % 2}" for i in range(40)]
     assert "1 values" in note(
         decomposed, "gro\u0308\u00dfe,y", values="gr\u00f6\u00dfe"
@@ -528,7 +528,7 @@ def test_files_that_are_unusual_and_can_be_read(tmp_path):
         (np.full((60, 3), np.datetime64("2024-01-01")), NAMES, {}, "x is datetime64"),
         (np.ones((60, 3)) * 1j, NAMES, {}, "row 0 of train is complex"),
         (WAVES, None, {}, "y is None; one target per sequence is wanted"),
-        (WAVES, [{1}] * 60, {}, "row 0 of train: target is {1}; one class or number"),
+        (WAVES, [{1}] * 60, {}, "row 0 of train: target is .1.; one class or number"),
         (WAVES, NAMES, dict(length=-1), "length must be at least 1; got -1"),
         (["ab"] * 60, NAMES, dict(tokens=5), "tokens must be at least 257; got 5"),
         (WAVES, NAMES, dict(goal="clases"), "goal must be one of .* got 'clases'"),
