@@ -168,7 +168,8 @@ class Data:
     # quarter)
     coarse: str = "square"
     # what to learn in place of the task's: a text, or a folder of texts; of the task
-    # table a CSV or JSON lines file, an .npz, a folder of class folders, ...
+    # table a CSV or JSON lines file, an .npz, a folder of class folders, ..., or
+    # hf:OWNER/NAME, a dataset of Hugging Face
     path: str | None = None
     tokens: int | None = None  # vocabulary of byte-pair encoding; none = bytes
 
@@ -177,6 +178,7 @@ class Data:
         _check_number(self, "limit", 1)
         _check_number(self, "epoch_size", 1)
         _check_number(self, "coarse_epochs", 0)
+        _check_number(self, "length", 1)
         _check_number(self, "tokens", 257)
         if not 0 < self.share <= 1:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Data of one's own: files and arrays of every kind, what is understood of them, what is
 refused and how, and the three commands from a file to predictions."""
 
-import csv, json, math, re
+import csv, gzip, json, math, os, re, subprocess, sys
 import numpy as np
 import pytest, torch
 import las_nb
@@ -130,25 +130,86 @@ def test_the_same_in_every_kind_of_file(form, waves, tmp_path):
         assert torch.equal(got[part].labels, want[part].labels)
 
 
-def test_a_hugging_face_dataset(tmp_path):
-    datasets = pytest.importorskip("datasets")
+def third(datasets, i, known=True):
+    "A third of the waves; without their classes, where those are not known."
     features = datasets.Features(
         dict(
+            look=datasets.Image(),
             wave=datasets.Sequence(datasets.Value("float32")),
             label=datasets.ClassLabel(names=["slow", "fast"]),
         )
     )
+    labels = [int(n == "fast") if known else -1 for n in NAMES[i::3]]
+    found = dict(look=[None] * 20, wave=WAVES[i::3], label=labels)
+    return datasets.Dataset.from_dict(found, features=features)
 
-    def part(i):
-        found = dict(wave=WAVES[i::3], label=[int(n == "fast") for n in NAMES[i::3]])
-        return datasets.Dataset.from_dict(found, features=features)
 
-    parts = dict(train=part(0), validation=part(1), test=part(2))
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "waves"))
+def test_a_hugging_face_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = [third(datasets, i) for i in range(3)]
+    whole = datasets.DatasetDict(dict(zip(("train", "validation", "test"), parts)))
+    whole.save_to_disk(str(tmp_path / "waves"))
     task = Task.from_csv(tmp_path / "waves")
     assert task.preparation.classes == ["fast", "slow"] and sizes(task) == [20, 20, 20]
-    part(0).save_to_disk(str(tmp_path / "one"))
+    parts[0].save_to_disk(str(tmp_path / "one"))
     assert sizes(Task.from_csv(tmp_path / "one")) == [16, 2, 2]
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="^cannot read .*one: ") as e:
+        Task.from_csv(tmp_path / "one")
+    assert "\n" not in str(e.value)
+
+
+def test_a_dataset_by_its_name(tmp_path, monkeypatch, capsys):
+    """Pictures, other splits and those whose classes are secret are left out; one of
+    several configurations is asked for."""
+    datasets = pytest.importorskip("datasets")
+    parts = [third(datasets, i, known=i < 2) for i in range(3)]
+    names = "train", "unsupervised", "test"
+    asked = []
+
+    def give(*name):
+        asked.append(name)
+        return datasets.DatasetDict(dict(zip(names, parts)))
+
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert sizes(Task.from_csv("hf:some/waves")) == [16, 2, 2]
+    Task.from_csv("hf:waves")
+    words = ["train", "--data", "hf:some/waves/long", "--out", str(tmp_path / "r")]
+    main([*words, *"--dim 8 --depth 1 --epochs 1 --cpu".split()])
+    assert asked[:3] == [("some/waves",), ("waves",), ("some/waves", "long")]
+    assert "long: 20 sequences of 12 values, 2 classes" in capsys.readouterr().out
+    out = tmp_path / "out.csv"
+    assert predict_file(tmp_path / "r", "hf:some/waves/long", out, cpu=True) == 20
+
+    def refuse(*name):
+        raise ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"cannot read hf:other/waves: .* \['a', 'b'\]"):
+        Task.from_csv("hf:other/waves")
+    with pytest.raises(
+        DataError, match="no stanfordnlp/imdb.*or hf:stanfordnlp/imdb for"
+    ):
+        Task.from_csv("stanfordnlp/imdb")
+
+
+@pytest.mark.parametrize("offline", ["", "1"])
+def test_a_name_that_cannot_be_reached_gets_one_line(offline, tmp_path):
+    "At once: load_dataset alone tries for half a minute."
+    pytest.importorskip("datasets")
+    words = ["train", "--data", "hf:some/waves"]
+    nowhere = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    tried = subprocess.run(
+        [sys.executable, "-c", f"from las_nb.cli import main; main({words})"],
+        env=os.environ | nowhere | dict(HF_HUB_OFFLINE=offline),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    says = "cannot read hf:some/waves" if offline else "HF_HUB_OFFLINE=1 reads"
+    assert tried.returncode == 2 and says in tried.stderr, tried.stderr
+    assert tried.stderr.count("\n") == 1
 
 
 def test_sequences_of_many_lengths_and_missing_values(tmp_path):
@@ -375,6 +436,15 @@ def test_long_sequences_are_cut(waves):
             dict(values="x"),
             "line 3: '4 five 6' is no list of numbers",
         ),
+        ("a;b;y\n1;0,5;u\n2;1,5;v\n", {}, "line 2: '0,5' may be a number or a list"),
+        ('text,y\n"one,u\n"two,v\n', {}, "x.csv, line 3: ',' expected after"),
+        (
+            "a,y\n" + "1,1.5\n2,2.5\n" * 9 + "3,inf\n",
+            {},
+            "line 20: y is 'inf', no number",
+        ),
+        ("a,y\n1,u\n", dict(values="a,y"), "y is what is to be answered: read other"),
+        ("t,y\na text,u\n", dict(text="y"), "y is what is to be answered: read other"),
     ],
 )
 def test_one_line_says_what_is_wrong_and_where(text, options, says, tmp_path):
@@ -408,8 +478,75 @@ def test_files_that_nobody_can_read(tmp_path):
     says(tmp_path / "x.jsonl", "line 2 has 'z', which the first row lacks")
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
     says(tmp_path / "x.npz", "x.npz holds a; x and y are wanted")
+    for found in ([0], {"k": 0}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(dict(a=1, y=found)) + "\n")
+        says(tmp_path / "x.jsonl", "line 1: y is .*; one class or number is wanted")
+    (tmp_path / "x.jsonl").write_text('{"a": {"b": 1}, "y": 2}\n')
+    says(tmp_path / "x.jsonl", "numbers stand in no column, texts in no column")
+    (tmp_path / "x.json").write_text('[{"x": 1, "y": 2}]')
+    says(tmp_path / "x.json", "line 1 is no object; every line is one, such as")
+    for name in ("x.csv", "x.csv.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"x,y\n1,2\n"))
+        says(tmp_path / name, f"{name} is packed .gz.: unpack it first")
     (tmp_path / "empty").mkdir()
     says(tmp_path / "empty", "holds no file of a known kind")
+
+
+def test_files_that_are_unusual_and_can_be_read(tmp_path):
+    "A mark at the beginning, ends of lines, an index without a name, long texts, ..."
+    path = tmp_path / "x.csv"
+
+    def note(rows, header, **options):
+        text = "\r\n".join([header, *rows]) + "\r\n"
+        path.write_bytes(("\ufeff" + text).encode())
+        return Task.from_csv(path, **options).note
+
+    says = "x.csv: 40 sequences of 2 values, 2 classes (0, 1) of y\nsplits at random"
+    twice = [f"{i};{i / 2};{i % 2}" for i in range(40)]
+    assert note(twice, "a;b;y").startswith(says)
+    indexed = [f"{i},{i},{i / 2},{i % 2}" for i in range(40)]
+    assert note(indexed, ",a,b,y").startswith(says)  # of pandas
+    odd = [f"{i % 3 == 0},2024-01-{1 + i % 28},{i},{i / 2},{i % 2}" for i in range(40)]
+    assert note(odd, "c,when,a,b,y").split("\n")[0].endswith("y; not read: c, when")
+    quoted = [f'"line\r\n""{i}"", {"x" * 200_000}",{i % 2}' for i in range(12)]
+    assert "12 sequences of 200,011 to 200,012 bytes" in note(quoted, "text,y")
+    decomposed = [f"{i},{i % 2}" for i in range(40)]
+    assert "1 values" in note(
+        decomposed, "gro\u0308\u00dfe,y", values="gr\u00f6\u00dfe"
+    )
+    parted = [f"{'train' if i < 30 else 'test'},{i},{i // 15}" for i in range(40)]
+    assert note(parted, "s,a,y", split="s").endswith("; nothing to train on of 2")
+
+
+@pytest.mark.parametrize(
+    "x, y, options, says",
+    [
+        (np.arange(40), NAMES, {}, "x has shape .40,.; an array or a list"),
+        ([1, 2, 3], NAMES, {}, "row 0 of train is 1; a sequence is wanted"),
+        ("abc", NAMES, {}, "x is str; an array or a list of sequences is wanted"),
+        (iter(WAVES), NAMES, {}, "x is list_iterator; an array or a list"),
+        (np.full((60, 3), np.datetime64("2024-01-01")), NAMES, {}, "x is datetime64"),
+        (np.ones((60, 3)) * 1j, NAMES, {}, "row 0 of train is complex"),
+        (WAVES, None, {}, "y is None; one target per sequence is wanted"),
+        (WAVES, [{1}] * 60, {}, "row 0 of train: target is .1.; one class or number"),
+        (WAVES, NAMES, dict(length=-1), "length must be at least 1; got -1"),
+        (["ab"] * 60, NAMES, dict(tokens=5), "tokens must be at least 257; got 5"),
+        (WAVES, NAMES, dict(goal="clases"), "goal must be one of .* got 'clases'"),
+    ],
+)
+def test_arrays_that_are_none(x, y, options, says):
+    with pytest.raises((DataError, ValueError), match=says) as e:
+        Task.from_arrays(x, y, **options)
+    assert "\n" not in str(e.value)
+
+
+def test_series_that_are_none():
+    for x, says in (
+        (np.full(100, np.nan), "channel 0 has no value in the training rows"),
+        (["a"] * 100, "the series is no sequence of numbers"),
+    ):
+        with pytest.raises(DataError, match=says):
+            Task.from_series(x, 3)
 
 
 def test_nan_in_arrays_is_named_with_its_row():
@@ -556,6 +693,87 @@ def test_other_misuse():
     numbers = mine(Batch(X, None, torch.randn(12, 2)), goal=Numbers())
     with pytest.raises(DataError, match="are 2 per sequence; n_classes says 3"):
         load_task(numbers)
+
+
+# --- text in learnt tokens
+
+
+GOOD = ["a fine film, and well played", "well played, and a fine story", "fine, fine"]
+BAD = ["a dull film, badly played", "badly played, and a dull story", "dull, dull"]
+REVIEWS = [text + "!" * i for i in range(10) for text in GOOD + BAD]
+VERDICTS = ["good"] * 3 + ["bad"] * 3
+
+
+def reviews(path, odd=""):
+    rows = [*zip(REVIEWS, VERDICTS * 10)]
+    split = [*["train"] * 48, *["test"] * 12]
+    rows = [(s, t + odd * (s == "test"), v) for s, (t, v) in zip(split, rows)]
+    return write_csv(path, ["split", "review", "verdict"], rows)
+
+
+def learns_tokens(path, out, *more):
+    words = asks(path, out, "verdict") + ["--text", "review", "--split", "split"]
+    sizes = "--tokens 280 --dim 16 --depth 1 --n_heads 2 --epochs 8 --cpu".split()
+    return [*words, *sizes, *more]
+
+
+def test_text_in_learnt_tokens(tmp_path, capsys):
+    "Learnt on the training part, kept beside the weights, and the same for new text."
+    pytest.importorskip("tokenizers")
+    path, run = reviews(tmp_path / "reviews.csv"), tmp_path / "run"
+    main(learns_tokens(path, run))
+    said = capsys.readouterr().out
+    assert re.search("60 sequences of 10 to 39 bytes, at most 17 of 280 tokens", said)
+    model = load(run)
+    made, vocab = model.preparation, model.model.vocab
+    assert (vocab, made.tokens, made.facts()["vocab"]) == (280, 280, 280)
+    laid = model.sequences(REVIEWS[:2])
+    assert laid.starts[1] < len(REVIEWS[0]) / 1.5 and laid.values.max() < 280
+    main(["eval", str(run), "--cpu"])
+    assert "test 100.00 % of 12 sequences" in capsys.readouterr().out
+    assert model([GOOD[1], BAD[1]]) == ["good", "bad"]
+    new = tmp_path / "new.csv"
+    write_csv(new, ["review"], [[GOOD[0]], [BAD[0]], ["\u00e9\U0001f600"]])
+    assert predict_file(run, new, tmp_path / "p.csv", cpu=True) == 3
+    found = [
+        r["predicted verdict"] for r in csv.DictReader((tmp_path / "p.csv").open())
+    ]
+    assert found[:2] == ["good", "bad"]
+    # what stands in the test alone is not learnt
+    other = Task.from_csv(
+        reviews(tmp_path / "odd.csv", " zzzzzzzzzzzzzzzz" * 3),
+        "verdict",
+        text="review",
+        split="split",
+        tokens=280,
+    )
+    assert other.preparation.coder == made.coder and other.vocab == 280
+    # and learnt again it is the same
+    again = Task.from_arrays(REVIEWS[:48], VERDICTS * 8, tokens=280)
+    assert again.vocab == 280 and again.preparation.kind == "text"
+
+
+def test_a_cut_run_in_tokens_goes_on(tmp_path):
+    pytest.importorskip("tokenizers")
+    from las_nb.train import Stopped
+
+    path = str(reviews(tmp_path / "reviews.csv"))
+    options = dict(data=path, target="verdict", text="review", split="split")
+    options |= dict(tokens=280, **SMALL)
+    with pytest.raises(Stopped):
+        train("table", tmp_path / "r", options=QUIET | dict(deadline=0), **options)
+    assert len(load(tmp_path / "r")(REVIEWS)) == 60
+    whole = train("table", tmp_path / "whole", options=QUIET, **options)
+    again = train("table", tmp_path / "r", resume=True, options=QUIET, **options)
+    assert again["curve"] == whole["curve"]
+
+
+def test_tokens_are_learnt_of_text_alone(waves):
+    says = "waves.csv holds values, and tokens are learnt of text: leave tokens out"
+    with pytest.raises(DataError, match=says):
+        Task.from_csv(waves, "kind", tokens=300)
+    with pytest.raises(DataError, match="the arrays holds values, and tokens"):
+        Task.from_arrays(WAVES, NAMES, tokens=300)
 
 
 # --- from a file to predictions
@@ -755,8 +973,8 @@ def test_a_task_from_python_trains_and_predicts(tmp_path):
         ),
         (["train", "--data", "x.csv", "--goal", "clases"], "goal"),
         (
-            ["train", "--data", "x.csv", "--tokens", "300"],
-            "table has no tokens to learn",
+            ["train", "--data", "x.csv", "--forecast", "3", "--tokens", "300"],
+            "series has no tokens to learn",
         ),
         (["predict", "runs/none"], "name the file to answer for with --data"),
         (["predict", "runs/none", "--data", "x.csv"], "there is no run in runs/none"),

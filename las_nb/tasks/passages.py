@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "END",
     "WIKITEXT",
     "Passages",
     "cut",
     "in_text",
     "NextToken",
-    "learn_tokens",
     "read_tokens",
     "stream",
     "words",
@@ -21,14 +19,15 @@ __all__ = [
 ]
 
 # %% ../../nbs/passages.ipynb #75fd6341
-import functools, hashlib, math, re, zipfile
+import functools, math, re, zipfile
 import torch
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from .._util import DataError, at_home, replace_file
-from ._files import _cache_folder, alone, download
+from .._util import DataError, at_home
+from ._files import alone, download
 from .goals import Classes
+from .preparation import learn_tokens
 from .sequences import Batch, shuffled
 from .task import Task, register_task
 
@@ -142,37 +141,6 @@ class NextToken(Classes):
 
 
 # %% ../../nbs/passages.ipynb #77f8f97e
-END = "<|end|>"  # token 0: where a document begins, and ends
-
-
-def learn_tokens(
-    documents: list[bytes],  # of the training split
-    size: int,  # tokens, with the 256 bytes and the mark of an end
-) -> Any:  # tokenizers.Tokenizer
-    "Byte-pair encoding; raises `DataError` where `tokenizers` is missing."
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise DataError("tokens needs a package: pip install tokenizers") from None
-    digest = hashlib.sha256(b"\0".join([str(size).encode(), *documents])).hexdigest()
-    path = _cache_folder() / "tokens" / f"{digest[:16]}.json"
-    if path.exists():
-        return Tokenizer.from_file(str(path))
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    found.train_from_iterator((d.decode() for d in documents), trainer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, found.to_str().encode())
-    return found
-
-
 def read_tokens(
     folder: Path,  # of a run, or one of its checkpoints
 ) -> Any:  # tokenizers.Tokenizer

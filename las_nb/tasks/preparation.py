@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = [
+    "END",
     "Raw",
     "taken",
     "lay",
     "Preparation",
     "stored_preparation",
+    "learn_tokens",
     "learn",
     "inputs_of",
     "labels_of",
@@ -17,7 +19,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/preparation.ipynb #a34df605
-import dataclasses, json, math
+import dataclasses, functools, hashlib, json, math
 import torch
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any, Callable
 from .._util import DataError, read_json, replace_file
 from ..settings import Series
+from ._files import _cache_folder
 from .goals import Classes, Forecast, Goal, Numbers, Quantiles
 from .sequences import Sequences
 
@@ -46,6 +49,7 @@ class Raw:
     channels: list[str] = field(default_factory=list)  # their names
     names: list[Any] | None = None  # of the sequences, such as groups of a long table
     name: str = "row"  # what its names are called
+    unread: list[str] = field(default_factory=list)  # columns, if nobody said which
     source: str = "the data"
     target: str = "target"
     columns: dict[str, Any] = field(default_factory=dict)  # how a file is read
@@ -108,6 +112,8 @@ def _of_kind(s: Any, kind: str, place: Callable[[], str]) -> Any:
                 f"{place()} is {x.dtype} {tuple(x.shape)}, others are tokens"
             )
         return x.long()
+    if x.is_complex():
+        raise DataError(f"{place()} is complex; give both parts, as two channels")
     if x.ndim not in (1, 2):
         raise DataError(
             f"{place()} has shape {tuple(x.shape)}; (steps,) or (steps, channels) is "
@@ -161,9 +167,6 @@ def _of_forecast(how: Series) -> dict[str, Any]:
 
 
 # %% ../../nbs/preparation.ipynb #f9d81e4e
-_WORDS = 30_000  # the most that are told apart
-
-
 @dataclass
 class Preparation:
     "What turns sequences into inputs, and outputs into answers."
@@ -175,6 +178,7 @@ class Preparation:
     deviation: list[float] = field(default_factory=list)
     vocab: list[str] = field(default_factory=list)  # words, from number 1
     tokens: int | None = None  # how many there are
+    coder: str = ""  # what cuts text into tokens, as `tokenizers` stores it
     classes: list[Any] = field(default_factory=list)  # names, by their number
     target: str = "target"  # what is answered
     centre: float = 0.0  # mean and deviation of numbers that are answered
@@ -190,7 +194,9 @@ class Preparation:
         if self.goal == "forecast":
             how = _of_forecast(Series(**self.series))
             return how | dict(preparation=self, max_len=self.longest)
-        sizes = dict(text=256, words=1 + len(self.vocab), tokens=self.tokens)
+        sizes = dict(
+            text=self.tokens or 256, words=1 + len(self.vocab), tokens=self.tokens
+        )
         goal: Goal = Classes() if self.goal == "classes" else Numbers(self.spread)
         values = self.kind == "values"
         return dict(
@@ -221,6 +227,70 @@ def stored_preparation(
     return None
 
 
+# %% ../../nbs/preparation.ipynb #9e4c084b
+END = "<|end|>"  # token 0: where a document begins, and ends
+
+
+def _tokenizers() -> Any:
+    "The library of Hugging Face; raises `DataError` where it is missing."
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError("tokens needs a package: pip install tokenizers") from None
+    return tokenizers
+
+
+def learn_tokens(
+    documents: list[bytes],  # of the training part
+    size: int,  # tokens, with the 256 bytes and the mark of an end
+) -> Any:  # tokenizers.Tokenizer
+    "Byte-pair encoding; raises `DataError` where `tokenizers` is missing."
+    Tokenizer = _tokenizers().Tokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    digest = hashlib.sha256(b"\0".join([str(size).encode(), *documents])).hexdigest()
+    path = _cache_folder() / "tokens" / f"{digest[:16]}.json"
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    found.train_from_iterator((d.decode(errors="replace") for d in documents), trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, found.to_str().encode())
+    return found
+
+
+# %% ../../nbs/preparation.ipynb #5ddb2802
+@functools.lru_cache(maxsize=2)
+def _coder(stored: str) -> Any:
+    "A vocabulary as it was stored."
+    return _tokenizers().Tokenizer.from_str(stored)
+
+
+def _texts_in(values: torch.Tensor, starts: torch.Tensor) -> list[bytes]:
+    "Texts one by one."
+    whole, at = values.numpy().tobytes(), starts.tolist()
+    return [whole[a:b] for a, b in zip(at, at[1:])]
+
+
+def _in_tokens(
+    stored: str, values: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Texts in the tokens that were learnt, and where each begins."
+    texts, coder, found = _texts_in(values, starts), _coder(stored), []
+    for k in range(0, len(texts), 1000):  # what is said of tokens is large
+        some = [t.decode(errors="replace") for t in texts[k : k + 1000]]
+        found += [torch.tensor(e.ids).int() for e in coder.encode_batch(some)]
+    return torch.cat(found), torch.tensor([0, *map(len, found)]).cumsum(0)
+
+
 # %% ../../nbs/preparation.ipynb #58dff3ce
 def _spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and deviation of each column, without what is missing; no deviation is 0."
@@ -231,17 +301,31 @@ def _spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, torch.where(deviation > 1e-12, deviation, 1.0)
 
 
+_WORDS = 30_000  # the most that are told apart
+
+
+# %% ../../nbs/preparation.ipynb #46ba0972
 def learn(
     raw: Raw,
     goal: str,  # "classes" or "numbers"
     train: torch.Tensor,  # which sequences `(m,)` to learn from
     length: int | None = None,  # steps to read; None: all
     holes: bool = False,  # may values be missing?
+    tokens: int | None = None,  # of texts, to be learnt; None: bytes
 ) -> Preparation:
-    "What there is to learn of data before a model sees them."
+    """What there is to learn of data before a model sees them; raises `DataError` for
+    tokens of what is no text."""
     kept = dict(target=raw.target, columns=raw.columns, length=length, holes=holes)
     made = Preparation(raw.kind, goal, raw.channels, **kept)
-    values, _ = taken(raw.values, raw.starts, train)
+    for name, value, least in ("length", length, 1), ("tokens", tokens, 257):
+        if value is not None and value < least:
+            raise DataError(f"{name} must be at least {least}; got {value}")
+    if tokens and raw.kind != "text":
+        raise DataError(
+            f"{raw.source} holds {raw.kind}, and tokens are learnt of text: leave "
+            "tokens out, or name a column of text"
+        )
+    values, starts = taken(raw.values, raw.starts, train)
     longest = int(raw.starts.diff().max())
     made.longest = min(longest, length or longest)
     if raw.kind == "values":
@@ -249,6 +333,9 @@ def learn(
         made.mean, made.deviation = mean.tolist(), deviation.tolist()
     if raw.kind == "words":
         made.vocab = [word for word, _ in Counter(values).most_common(_WORDS)]
+    if tokens:
+        coder = learn_tokens(_texts_in(values, starts), tokens)
+        made.coder, made.tokens = coder.to_str(), coder.get_vocab_size()
     if raw.kind == "tokens":
         made.tokens = int(raw.values.max()) + 1
     targets = raw.targets or []
@@ -295,6 +382,8 @@ def inputs_of(
     place: Callable[[int], str],  # where a sequence stands
 ) -> tuple[torch.Tensor, torch.Tensor]:  # values and starts, for Sequences
     "What a model reads; raises `DataError` for what it cannot, by its place."
+    if made.coder:
+        values, starts = _in_tokens(made.coder, values, starts)
     if made.length and int(starts.diff().max()) > made.length:
         cut = starts.diff().clamp(max=made.length)
         keep = torch.cat([torch.arange(a, a + n) for a, n in zip(starts.tolist(), cut)])

@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/readers.ipynb #adabb824
-import csv, itertools, json, math, re
+import csv, itertools, json, math, re, unicodedata
 from array import array
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -42,8 +42,22 @@ def part_of(name: object) -> str | None:
 
 
 # %% ../../nbs/readers.ipynb #060d17a1
+_PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
+_PACKED |= {".zip": b"PK\3\4", ".zst": b"\x28\xb5\x2f\xfd"}
+
+
+def _refuse_packed(path: Path) -> None:
+    "Raise `DataError` for a file that is compressed, whatever its name."
+    with open(path, "rb") as f:
+        begins = f.read(6)
+    for name, mark in _PACKED.items():
+        if begins.startswith(mark):
+            raise DataError(f"{path.name} is packed ({name[1:]}): unpack it first")
+
+
 def _lines(path: Path) -> Iterator[str]:
     "The lines of a UTF-8 file; raises `DataError` where it is none."
+    _refuse_packed(path)
     with open(path, encoding="utf-8-sig", newline="") as f:
         try:
             yield from f
@@ -61,10 +75,12 @@ def _delimiter(path: Path) -> str:
     return max(",;\t|", key=next(_lines(path), "").count)
 
 
+# %% ../../nbs/readers.ipynb #cc94672d
 def _csv(path: Path, part: str | None) -> Iterator[Row]:
     "The rows of a file with a header."
-    reader = csv.reader(_lines(path), delimiter=_delimiter(path))
-    header = [name.strip() for name in next(reader, [])]
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    reader = csv.reader(_lines(path), delimiter=_delimiter(path), strict=True)
+    header = [unicodedata.normalize("NFC", n).strip() for n in next(reader, [])]
     twice = [name for name in header if header.count(name) > 1]
     if not header or all(map(is_number, header)):
         raise DataError(f"{path.name} has no header: write names above its columns")
@@ -84,6 +100,9 @@ def _csv(path: Path, part: str | None) -> Iterator[Row]:
         raise DataError(f"{path.name}, line {reader.line_num}: {e}") from None
 
 
+_JSON_LINES = "every line is one, such as {'x': [1, 2], 'y': 'a'}"
+
+
 def _json(path: Path, part: str | None) -> Iterator[Row]:
     "The rows of a file of one JSON object per line."
     for number, line in enumerate(_lines(path), 1):
@@ -91,9 +110,9 @@ def _json(path: Path, part: str | None) -> Iterator[Row]:
         try:
             found = json.loads(line) if line.strip() else {}
         except ValueError as e:
-            raise DataError(f"{place} is no JSON: {e}; correct the line") from None
+            raise DataError(f"{place} is no JSON: {e}; {_JSON_LINES}") from None
         if not isinstance(found, dict):
-            raise DataError(f"{place} is no object such as {{'x': [1, 2], 'y': 'a'}}")
+            raise DataError(f"{place} is no object; {_JSON_LINES}")
         if found:
             yield Row(found, place, part)
 
@@ -116,24 +135,86 @@ def _parquet(path: Path, part: str | None) -> Iterator[Row]:
         raise DataError(f"cannot read {path.name}: {str(e).splitlines()[0]}") from None
 
 
-def _hugging_face(path: Path) -> Iterator[Row]:
-    "The rows of a dataset, or of the datasets of a dictionary."
+# %% ../../nbs/readers.ipynb #01153c28
+_HUB = "hf:"  # hf:OWNER/NAME, or hf:OWNER/NAME/CONFIGURATION
+
+
+def _datasets(source: str) -> Any:
+    "The library of Hugging Face; raises `DataError` where it is missing."
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{path} needs a package: pip install 'las_nb[data]'") from None
-    found = datasets.load_from_disk(str(path))
+        raise DataError(
+            f"{source} needs a package: pip install 'las_nb[data]'"
+        ) from None
+    return datasets
+
+
+def _in_a_line(e: Exception) -> str:
+    "What an error says, not too long."
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
+def _of_the_hub(name: str) -> Any:
+    "A dataset by its name; raises `DataError` where it cannot be had."
+    datasets = _datasets(name)
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HfHubHTTPError
+
+    owner, *rest = name.removeprefix(_HUB).split("/", 2)
+    repo, configuration = "/".join([owner, *rest[:1]]), rest[1:]
+    try:
+        # one try, where load_dataset takes half a minute to give up
+        if not datasets.config.HF_HUB_OFFLINE:
+            HfApi().dataset_info(repo, timeout=10)
+    except HfHubHTTPError as e:
+        raise DataError(
+            f"Hugging Face does not give {repo} ({_in_a_line(e)}); is the name right? "
+            "For what is not public, hf auth login"
+        ) from None
+    except Exception as e:  # of the network, of many libraries
+        raise DataError(
+            f"Hugging Face cannot be reached for {repo} ({_in_a_line(e)}); "
+            "HF_HUB_OFFLINE=1 reads what was downloaded before"
+        ) from None
+    try:
+        return datasets.load_dataset(repo, *configuration)
+    except Exception as e:  # whatever is in the files
+        raise DataError(f"cannot read {name}: {_in_a_line(e)}") from None
+
+
+def _on_disk(path: Path) -> Any:
+    "A dataset that was saved; raises `DataError` for what is none."
+    try:
+        return _datasets(path.name).load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"cannot read {path}: {_in_a_line(e)}") from None
+
+
+# %% ../../nbs/readers.ipynb #780da9b1
+def _named_classes(rows: Any) -> dict[str, Callable[[int], str]]:
+    "For each column of classes, what names their numbers; -1 says that none is known."
+    kinds = rows.features.items()
+    return {c: kind.int2str for c, kind in kinds if hasattr(kind, "int2str")}
+
+
+def _hugging_face(found: Any, source: str) -> Iterator[Row]:
+    "The rows of a dataset, or of the datasets of a dictionary."
     parts = found if isinstance(found, dict) else {"": found}
+    unlike = [name for name in parts if part_of(name) is None]
+    if len(unlike) < len(parts):  # such as unsupervised
+        parts = {name: rows for name, rows in parts.items() if name not in unlike}
     for name, rows in parts.items():
-        labels = {
-            column: kind.int2str
-            for column, kind in rows.features.items()
-            if isinstance(kind, datasets.ClassLabel)
-        }
-        for number, cells in enumerate(rows, 1):
-            named = {c: f(cells[c]) for c, f in labels.items() if cells[c] is not None}
-            place = f"{path.name}, row {number} of {name or 'it'}"
-            yield Row(cells | named, place, part_of(name))
+        labels = _named_classes(rows)
+        if labels and all({-1, None} >= {*rows.unique(c)} for c in labels):
+            continue  # a test whose answers are secret
+        media = [c for c, kind in rows.features.items() if hasattr(kind, "decode")]
+        for number, cells in enumerate(rows.remove_columns(media), 1):
+            for c, name_of in labels.items():
+                known = cells[c] is not None and cells[c] >= 0
+                cells[c] = name_of(cells[c]) if known else None
+            place = f"{source}, row {number} of {name or 'it'}"
+            yield Row(cells, place, part_of(name))
 
 
 # %% ../../nbs/readers.ipynb #f2be5164
@@ -184,13 +265,23 @@ def _class_folders(path: Path) -> Iterator[Row]:
 
 # %% ../../nbs/readers.ipynb #de1ddea6
 def rows_of(
-    path: str | Path,  # a file, a folder of files, of class folders, or a dataset
+    # a file, a folder of files, of class folders, or a dataset; or hf:OWNER/NAME
+    path: str | Path,
 ) -> Iterator[Row]:
     "The rows of whatever there is; raises `DataError` for what cannot be read."
     path = at_home(path)
+    if (name := path.as_posix()).startswith(_HUB):
+        yield from _hugging_face(_of_the_hub(name), name)
+        return
     if not path.exists():
-        raise DataError(f"there is no {path}; name a file or a folder with --data")
+        hub = len(path.parts) == 2 and not path.suffix
+        raise DataError(
+            f"there is no {path}; name a file or a folder with --data"
+            + f", or {_HUB}{name} for a dataset of Hugging Face" * hub
+        )
     if path.is_file():
+        if path.suffix.lower() in _PACKED:
+            _refuse_packed(path)
         if path.suffix.lower() not in _TABLES:
             raise DataError(
                 f"{path.name} is of no kind that is known: {' '.join(_TABLES)}, .npz, "
@@ -199,7 +290,7 @@ def rows_of(
         yield from _TABLES[path.suffix.lower()](path, part_of(path.stem))
         return
     if {"dataset_info.json", "dataset_dict.json"} & {p.name for p in path.iterdir()}:
-        yield from _hugging_face(path)
+        yield from _hugging_face(_on_disk(path), path.name)
         return
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in _TABLES)
     if any(p.is_dir() and p.name[0] != "." for p in path.iterdir()):
@@ -215,6 +306,10 @@ _MISSING = {"", "na", "n/a", "nan", "null", "none"}
 _LIST = re.compile(
     r"\s*[\[(]?\s*-?[\d.][\d.eE+-]*([\s,;]+-?[\d.][\d.eE+-]*)+\s*[\])]?\s*"
 )
+
+
+_COMMA = re.compile(r"\s*-?[\d.]+,\d+\s*")  # 1,5 or 1,000 or two numbers
+_POINTS = "write numbers with a point, and lists with spaces"
 
 
 def is_number(cell: Any, finite: bool = True) -> bool:
@@ -234,7 +329,7 @@ def _read_list(cell: Any) -> Any:
 class Column:
     "The cells of one column."
 
-    kind: str  # "words", "numbers" or "lists"; "" as long as nothing stands in it
+    kind: str  # "words", "numbers", "lists", "objects"; "" as long as nothing stands in it
     cells: Any  # a list; numbers: an array, with NaN where one is missing
     wrong: str  # what is said of the first cell that does not fit
 
@@ -247,7 +342,7 @@ class Column:
         if missing or cell != cell:  # NaN alone is not itself
             cell = None
         if not self.kind and cell is not None:
-            self.start(cell)
+            self.start(cell, place)
         if self.kind == "numbers":
             cell = self.as_number(cell, place)
         elif self.kind == "words" and cell is not None:
@@ -259,10 +354,14 @@ class Column:
                 cell = self.refuse(cell, place, "list of numbers")
         self.cells.append(cell)
 
-    def start(self, cell: Any) -> None:
+    def start(self, cell: Any, place: str) -> None:
         "Decide from the first cell what the column holds."
         listed = isinstance(cell, str) and _LIST.fullmatch(cell)
-        if isinstance(cell, (list, tuple)) or listed:
+        if listed and _COMMA.fullmatch(cell):
+            self.wrong = f"{place}: {cell!r} may be a number or a list; {_POINTS}"
+        if isinstance(cell, dict):
+            self.kind = "objects"
+        elif isinstance(cell, (list, tuple)) or listed:
             self.kind = "lists"
         elif is_number(cell, finite=False) and not isinstance(cell, bool):
             self.kind, self.cells = "numbers", array("d", [math.nan] * len(self.cells))
@@ -281,9 +380,10 @@ class Column:
         return math.nan
 
 
+# %% ../../nbs/readers.ipynb #f02a0434
 def _as_words(cell: Any) -> Any:
     "A cell of words, as a file of text would hold it; lists of words stay."
-    if isinstance(cell, (str, list, tuple)):
+    if isinstance(cell, (str, list, tuple, dict)):
         return cell
     whole = isinstance(cell, float) and cell.is_integer()
     return str(int(cell)) if whole else str(cell)

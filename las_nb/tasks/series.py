@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from .._util import DataError, at_home
 from ..settings import Series, Table
-from .preparation import Preparation, _filled, _spread
+from .preparation import Preparation, _as_tensor, _filled, _spread
 from .readers import Columns, columns_of, is_number, rows_of
 from .sequences import Batch
 from .tables import _NUMBERING, _by_time, _column, _few, _names, _numbers
@@ -249,7 +249,7 @@ def array_series(
     x: Any,  # `(T,)` or `(T, channels)`; NaN: a value is missing
 ) -> Readings:
     "A series from an array; raises `DataError` for what is none."
-    x = torch.as_tensor(x).double()
+    x = _as_tensor(x, lambda: "the series").double()
     x = x[:, None] if x.ndim == 1 else x
     if x.ndim != 2 or not len(x) or x.isinf().any():
         raise DataError(
@@ -323,6 +323,10 @@ def series_facts(
     if length % how.patch:
         raise ValueError(f"length {length} is no multiple of patch, {how.patch}")
     ends = _ends(T, length, ahead, found.source)
+    known = ~found.values[: ends[0]].isnan().all(0)
+    if not known.all():
+        empty = found.channels[known.tolist().index(False)]
+        raise DataError(f"{found.source}: {empty} has no value in the training rows")
     mean, deviation = (x.tolist() for x in _spread(found.values[: ends[0]]))
     made = Preparation("values", "forecast", found.channels, mean, deviation)
     made.columns, made.series = asdict(found.said), asdict(how)

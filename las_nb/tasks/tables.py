@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from .._util import DataError, at_home, nearest
+from .._util import DataError, at_home, check_choice, nearest
 from ..settings import Table
 from .preparation import Preparation, Raw, lay, learn, prepared, taken
 from .readers import PARTS, Column, Columns, columns_of, is_number
@@ -81,11 +81,14 @@ def _inputs_of(table: Columns, said: Table, target: str, source: str) -> Table:
     if said.text or said.values:
         for name in [said.text] if said.text else _names(said.values):
             _column(table, name, source)
+            if name == target:
+                raise DataError(f"{name} is what is to be answered: read other columns")
         return replace(said, target=target)
     used = {target, said.group, said.time, said.split}
     free = {n: c for n, c in table.columns.items() if n not in used}
     free = {n: c for n, c in free.items() if n.lower() not in _NUMBERING}
     kinds: dict[str, list[str]] = {"": [], "lists": [], "numbers": [], "words": []}
+    kinds["objects"] = []
     for name, column in free.items():
         kinds[column.kind].append(name)
     texts = kinds["words"]
@@ -108,7 +111,7 @@ def _numbers(table: Columns, names: list[str], source: str) -> torch.Tensor:
     found = []
     for name in names:
         column = _column(table, name, source)
-        if column.wrong or column.kind in ("words", "lists"):
+        if column.wrong or column.kind in ("words", "lists", "objects"):
             what = column.wrong or f"{source}: words or lists, not numbers"
             raise DataError(
                 f"{what} (column {name}); correct it, or name the columns to read with "
@@ -277,6 +280,7 @@ def read_raw(
     target = said.target or "target"
     if labelled:
         target = _target_of(table, said, source)
+    named = said.text or said.values
     said = _inputs_of(table, said, target, source)
     for name in filter(None, (said.group, said.time)):
         _column(table, name, source)
@@ -293,12 +297,16 @@ def read_raw(
     channels = names if several else []
     raw = Raw(*laid, table.places.__getitem__, channels=channels, source=source)
     raw.target, raw.columns = target, asdict(said)
+    if not named:
+        used = {target, said.group, said.time, said.split, said.text, *names}
+        free = [n for n in table.columns if n.lower() not in _NUMBERING]
+        raw.unread = [n for n in free if n not in used]
     raw.parts = _split_cells(table, said, source) if labelled else None
     cells = {n: c.cells for n, c in table.columns.items()}
     if long:
         raw.names, raw.name = cells[said.group or ""], said.group or ""
     else:
-        raw.groups = cells.get(said.group or "")
+        raw.groups = cells[said.group] if said.group else None
         known = next((n for n in cells if n.lower() in _NUMBERING), None)
         if known is not None:
             raw.names, raw.name = cells[known], known or "row"
@@ -312,6 +320,8 @@ def read_raw(
 # %% ../../nbs/own.ipynb #4fbff475
 def _listed_targets(y: Any, n: int, source: str) -> list[Any]:
     "Targets as a list of one number, or name, per sequence."
+    if not hasattr(y, "__iter__"):
+        raise DataError(f"{source}: y is {y!r}; one target per sequence is wanted")
     found = y.tolist() if hasattr(y, "tolist") else list(y)
     found = [t.item() if hasattr(t, "item") else t for t in found]
     rows = (list, tuple)
@@ -325,6 +335,23 @@ def _listed_targets(y: Any, n: int, source: str) -> list[Any]:
     return found
 
 
+def _rows_of_array(x: Any, source: str) -> Any:
+    "A list, or a tensor of sequences; raises `DataError` for what is none."
+    # ragged rows are objects to numpy
+    if isinstance(x, (list, tuple)) or getattr(x, "dtype", None) == object:
+        return list(x)
+    wanted = "an array or a list of sequences is wanted"
+    try:
+        found = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        what = getattr(x, "dtype", type(x).__name__)
+        raise DataError(f"{source}: x is {what}; {wanted}") from None
+    if found.ndim < 2:
+        raise DataError(f"{source}: x has shape {tuple(found.shape)}; {wanted}")
+    return found
+
+
+# %% ../../nbs/own.ipynb #68b08146
 def raw_arrays(
     parts: dict[str | None, tuple[Any, ...]],  # split -> x, y and perhaps lengths
     source: str = "the arrays",
@@ -332,14 +359,14 @@ def raw_arrays(
     "Sequences from arrays or lists, with their targets."
     sequences, targets, lengths, where, said = [], [], [], [], []
     for part, (x, y, *rest) in parts.items():
-        x = x if isinstance(x, (list, tuple)) else torch.as_tensor(x)
+        x = _rows_of_array(x, source)
         n, within = len(x), f" of {part}" if part else ""
         if rest and rest[0] is not None and len(rest[0]) != n:
             raise DataError(f"{source}: {n} sequences, {len(rest[0])} lengths")
         for i, s in enumerate(x):
-            given = rest[0][i] if rest and rest[0] is not None else _steps(s)
-            lengths.append(int(given))
             where.append(f"row {i}{within}")
+            given = rest[0][i] if rest and rest[0] is not None else _steps(s, where[-1])
+            lengths.append(int(given))
         sequences += list(x)
         targets += _listed_targets(y, n, source)
         said += [part] * n
@@ -350,9 +377,12 @@ def raw_arrays(
     return raw
 
 
-def _steps(s: Any) -> int:
+def _steps(s: Any, place: str) -> int:
     "Steps of a sequence; texts count bytes."
-    return len(s.encode() if isinstance(s, str) else s)
+    try:
+        return len(s.encode() if isinstance(s, str) else s)
+    except TypeError:
+        raise DataError(f"{place} is {s!r}; a sequence is wanted") from None
 
 
 # %% ../../nbs/own.ipynb #4566c6d1
@@ -384,11 +414,13 @@ def _npz(path: Path, said: Table) -> Raw:
 
 
 def raw_dataset(
-    parts: dict[str | None, Any],  # split -> a torch Dataset of (sequence, target)
+    # split -> a torch Dataset of (sequence, target), or None
+    parts: dict[str | None, Any],
 ) -> Raw:
     "Sequences from datasets, whose items are a sequence and a target."
     found: dict[str | None, tuple[Any, ...]] = {}
-    for part, data in parts.items():
+    given = {part: data for part, data in parts.items() if data is not None}
+    for part, data in given.items():
         rows = (
             data
             if not hasattr(data, "__len__")
@@ -408,6 +440,9 @@ def raw_dataset(
 
 
 # %% ../../nbs/own.ipynb #67f0ca42
+_SEVERAL = list, tuple, dict, set
+
+
 def _goal_of(raw: Raw, said: str | None) -> str:
     "What is asked; targets become what it wants."
     targets = raw.targets or []
@@ -417,8 +452,14 @@ def _goal_of(raw: Raw, said: str | None) -> str:
         raise DataError(
             f"{raw.place(missing)}: no {raw.target}; fill it, or leave the row out"
         )
+    odd = next((i for i, t in enumerate(targets) if isinstance(t, _SEVERAL)), None)
+    if odd is not None:
+        raise DataError(
+            f"{raw.place(odd)}: {raw.target} is {targets[odd]}; one class or number is "
+            "wanted"
+        )
     floats, wholes = (all(type(t) is k for t in targets) for k in (float, int))
-    numeric = all(map(is_number, targets))
+    numeric = all(is_number(t, finite=False) for t in targets)
     fraction = numeric and any(float(t) % 1 for t in targets)
     fraction = floats or fraction
     several = len(set(targets)) > 20 and not wholes
@@ -522,7 +563,9 @@ def _in_words(raw: Raw, made: Preparation) -> str:
         named = f" ({_few(made.channels)})" if made.channels else ""
         of = f"steps, {len(made.mean)} values each{named}"
     size = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    if made.length and high > made.length:
+    if made.coder:
+        of += f", at most {made.longest:,} of {made.tokens:,} tokens"
+    elif made.length and high > made.length:
         of += f", cut to {made.length:,}"
     what = f"{made.target}: a number from {{:.4g}} to {{:.4g}}, mean {{:.4g}}"
     if made.goal == "classes":
@@ -537,25 +580,40 @@ def _in_words(raw: Raw, made: Preparation) -> str:
         lost = (
             f"; {100 * raw.values.isnan().float().mean():.2g} % of values are missing"
         )
+    if raw.unread:
+        lost += f"; not read: {_few(raw.unread)}"
     return f"{raw.source}: {n:,} sequences of {size} {of}, {what}{lost}"
 
 
+def _never_seen(raw: Raw, made: Preparation, train: torch.Tensor) -> str:
+    "Classes that are not in the training part."
+    targets = raw.targets or []
+    seen = {targets[i] for i in train.tolist()}
+    lost = [name for name in made.classes if name not in seen]
+    return f"; nothing to train on of {_few(lost)}" if lost else ""
+
+
+# %% ../../nbs/own.ipynb #cdb5ce89
 def own_facts(
     raw: Raw,
     goal: str | None = None,  # "classes" or "numbers"; None: as the targets look
     length: int | None = None,  # steps that are read of longer sequences
     holes: bool = False,  # may values be missing?
+    tokens: int | None = None,  # of texts, to be learnt; None: bytes
 ) -> dict[str, Any]:  # arguments of Task
     "The task that sequences of one's own make."
+    if goal is not None:
+        check_choice("goal", goal, ("classes", "numbers"))
     goal = _goal_of(raw, goal)
     parts, how = splits_of(raw, goal)
-    made = learn(raw, goal, parts["train"], length, holes)
+    made = learn(raw, goal, parts["train"], length, holes, tokens)
     whole = prepared(made, raw)
+    made.longest = int(whole.starts.diff().max())  # in tokens, of texts in tokens
     splits = {part: _part(whole, i) for part, i in parts.items()}
     sizes = [f"{len(i):,}" for i in parts.values()]
     note = _in_words(raw, made) + (
         f"\nsplits {how}: {sizes[0]} to train, {sizes[1]} to validate, {sizes[2]} to "
-        "test"
+        f"test{_never_seen(raw, made, parts['train'])}"
     )
     facts = made.facts() | dict(load=functools.partial(_given, splits), note=note)
     if goal == "numbers":
@@ -577,16 +635,17 @@ def _part(whole: Sequences, i: torch.Tensor) -> Sequences:
 
 @functools.lru_cache(maxsize=2)
 def _file_facts(
-    path: str, _: tuple[Any, ...], said: tuple[Any, ...], length: int | None
+    path: str, _: tuple[Any, ...], said: tuple[Any, ...], *sizes: int | None
 ) -> dict[str, Any]:
-    table = Table(**dict(said))
-    return own_facts(read_raw(path, table), table.goal, length, holes=True)
+    table, (length, tokens) = Table(**dict(said)), sizes
+    return own_facts(read_raw(path, table), table.goal, length, True, tokens)
 
 
 def file_facts(
     path: str | Path,  # see read_raw
     said: Table,
     length: int | None = None,  # steps that are read of longer sequences
+    tokens: int | None = None,  # of texts, to be learnt; None: bytes
 ) -> dict[str, Any]:  # arguments of Task
     "The task in a file; what was read last is remembered while the file is the same."
     path = at_home(path)
@@ -594,4 +653,5 @@ def file_facts(
     seen = [
         (str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files if p.exists()
     ]
-    return _file_facts(str(path), tuple(seen), tuple(asdict(said).items()), length)
+    how = tuple(asdict(said).items()), length, tokens
+    return _file_facts(str(path), tuple(seen), *how)

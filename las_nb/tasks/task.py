@@ -73,9 +73,11 @@ class Facts(NamedTuple):
 
 
 # %% ../../nbs/task.ipynb #01c33c20
-def _series(x: Any, table: Table) -> Readings:
+def _series(x: Any, values: str | None, time: str | None) -> Readings:
     "A series from a file, or from an array."
-    return read_series(x, table) if isinstance(x, (str, Path)) else array_series(x)
+    if isinstance(x, (str, Path)):
+        return read_series(x, Table(values=values, time=time))
+    return array_series(x)
 
 
 # %% ../../nbs/task.ipynb #26102841
@@ -90,11 +92,11 @@ class Task(Facts):
         path: str | Path,  # also .tsv, .jsonl, .parquet, .npz, a folder, a dataset
         target: str | None = None,  # column to answer; None: label, target, class or y
         length: int | None = None,  # steps that are read of longer sequences
+        tokens: int | None = None,  # of texts, to be learnt; None: bytes
         **columns: Any,  # goal, values, text, group, time, split: see settings.Table
     ) -> "Task":
-        """The task in a file; raises `DataError` for what cannot be read, with its
-        place."""
-        return cls(**file_facts(path, Table(target, **columns), length))
+        "The task in a file; raises `DataError`, with the place."
+        return cls(**file_facts(path, Table(target, **columns), length, tokens))
 
     @classmethod
     def from_arrays(
@@ -106,11 +108,12 @@ class Task(Facts):
         test: tuple[Any, ...] | None = None,
         goal: str | None = None,  # "classes" or "numbers"; None: as they look
         length: int | None = None,  # steps that are read of longer sequences
+        tokens: int | None = None,  # of texts, to be learnt; None: bytes
     ) -> "Task":
         "The task in arrays; raises `DataError` for what cannot be meant."
         parts: dict[str | None, tuple[Any, ...]] = {"train": (x, y, lengths)}
         parts |= {k: v for k, v in dict(valid=valid, test=test).items() if v}
-        return cls(**own_facts(raw_arrays(parts), goal, length))
+        return cls(**own_facts(raw_arrays(parts), goal, length, tokens=tokens))
 
     @classmethod
     def from_dataset(
@@ -120,11 +123,11 @@ class Task(Facts):
         test: Any = None,
         goal: str | None = None,  # "classes" or "numbers"; None: as they look
         length: int | None = None,  # steps that are read of longer sequences
+        tokens: int | None = None,  # of texts, to be learnt; None: bytes
     ) -> "Task":
         "The task in datasets, which are read whole; raises `DataError`."
-        parts = dict(train=train, valid=valid, test=test)
-        given = {part: data for part, data in parts.items() if data is not None}
-        return cls(**own_facts(raw_dataset(given), goal, length))
+        raw = raw_dataset(dict(train=train, valid=valid, test=test))
+        return cls(**own_facts(raw, goal, length, tokens=tokens))
 
     @classmethod
     def from_series(
@@ -135,8 +138,7 @@ class Task(Facts):
         **how: Any,  # values and time of settings.Table, and what Series names
     ) -> "Task":
         "Later values of a series; raises `DataError` for what is none."
-        table = Table(values=how.pop("values", None), time=how.pop("time", None))
-        found = _series(x, table)
+        found = _series(x, how.pop("values", None), how.pop("time", None))
         return cls(**series_facts(found, Series(forecast, **how), length))
 
 

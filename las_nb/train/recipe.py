@@ -50,7 +50,8 @@ def check(
         raise ValueError(
             f"{recipe.task} has sequences of its own length: leave length out"
         )
-    if data.tokens and not task.any_text:
+    texts = task.any_text or (task.any_data and not recipe.series.forecast)
+    if data.tokens and not texts:
         raise ValueError(f"{recipe.task} has no tokens to learn: leave tokens out")
     if data.path and not (task.any_text or task.any_data):
         raise ValueError(f"{recipe.task} has data of its own: leave data out")
@@ -302,7 +303,8 @@ def task_of(
     if recipe.series.forecast:
         found = read_series(data.path, recipe.table)
         return task._replace(**series_facts(found, recipe.series, data.length))
-    return task._replace(**file_facts(data.path, recipe.table, data.length))
+    how = recipe.table, data.length, data.tokens
+    return task._replace(**file_facts(data.path, *how))
 
 
 def stored_task(
@@ -325,9 +327,10 @@ def build(
     task = task or task_of(recipe)
     check(recipe, task)
     torch.manual_seed(recipe.seed)
+    learnt = recipe.data.tokens if task.any_text else None
     return LaSTransformer(
-        recipe.data.tokens or task.n_classes,
-        vocab=recipe.data.tokens or task.vocab,
+        learnt or task.n_classes,
+        vocab=learnt or task.vocab,
         in_features=task.in_features,
         pairs=task.pairs,
         max_len=recipe.data.length or task.max_len,
