@@ -329,7 +329,7 @@ def _read_list(cell: Any) -> Any:
 class Column:
     "The cells of one column."
 
-    kind: str  # "words", "numbers", "lists", "objects"; "" as long as nothing stands in it
+    kind: str  # "words", "numbers", "lists" or "objects"; "" while nothing stands in it
     cells: Any  # a list; numbers: an array, with NaN where one is missing
     wrong: str  # what is said of the first cell that does not fit
 
