@@ -37,9 +37,13 @@ def suited(
     found = dict(next(kind for most, kind in _SIZES if n <= most))
     if windows:
         found = dict(dim=32, depth=2, batch_size=32, lr=2e-3, readout="last")
+    if length > 1024:
+        found["batch_size"] = found["batch_size"] // 2
     passes = min(math.ceil(_STEPS * found["batch_size"] / n), _WORK // (n * length))
     found |= dict(epochs=int(min(max(passes, 3), 20 if windows else 60)))
     found |= dict(norm="layer", max_rate=0.3 if length <= 256 else 0.1)
+    if tokens and length > 256:
+        found |= dict(norm="batch", conv=4)
     if length >= 16 and not (tokens or windows):
         found |= dict(conv=4, input_conv=8)
     return found
