@@ -434,7 +434,8 @@ def peak_of(call: Callable[[], Any], device: str) -> int:  # bytes
         return torch.cuda.max_memory_allocated() - before
     before = _resident()
     call()
-    return _resident(peak=True) - before
+    # the system counts in steps: a small model may seem to take less than nothing
+    return max(0, _resident(peak=True) - before)
 
 
 def probe_memory(name: str, case: dict[str, Any]) -> int:
