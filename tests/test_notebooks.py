@@ -88,3 +88,36 @@ def test_outputs_do_not_tell_of_the_machine(path):
         for o in cell.get("outputs", []):
             assert o.get("name") != "stderr"
             assert "site-packages" not in json.dumps(o.get("text", ""))
+
+
+def written(node):
+    "Pieces of a text that stand in it whatever is computed."
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from written(node.left)
+        yield from written(node.right)
+    elif isinstance(node, ast.JoinedStr):
+        for part in node.values:
+            if isinstance(part, ast.Constant):
+                yield part.value
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+
+
+def text_of(cell):
+    "What a cell hands to `Markdown` at its end, as a syntax tree."
+    last = [None, *ast.parse(source(cell)).body][-1]
+    match last:
+        case ast.Expr(ast.Call(ast.Name("Markdown"), [text])):
+            return text
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_stored_sentences_are_those_of_their_cells(path):
+    "A sentence that was changed and not computed again would show the old one."
+    for cell in cells(path):
+        data = [o["data"] for o in cell.get("outputs", []) if "data" in o]
+        shown = ["".join(d["text/markdown"]) for d in data if "text/markdown" in d]
+        if cell["cell_type"] != "code" or not shown or not (text := text_of(cell)):
+            continue
+        for piece in written(text):
+            assert piece.strip() in shown[-1], f"{path.name} is to be executed again"
