@@ -52,11 +52,11 @@ results: .venv/ready  ## repeat the measurement of the digits page, three seeds 
 
 BENCH := $(BIN)/las bench
 SMALL := --backward --lengths 32,64,128,256,512 --rounds 15
-MODEL := --rounds 3 --lengths 1024,4096,16384 --max_rate 0.5 --ways auto,linear --trained nbs/results/smnist-short-las-none-0
+MODEL := --rounds 3 --lengths 1024,4096,16384 --max_rate 0.5 --ways plain-native,auto,linear --trained nbs/results/smnist-short-las-none-0
 bench: .venv/ready  ## repeat the measurements of the speed page (about 25 minutes on 2 cores; leave the machine alone meanwhile)
 	$(BENCH) --rounds 3 --backward --models
-	$(BENCH) $(SMALL) --ways auto --name bench-cpu-small
-	$(BENCH) $(SMALL) --ways auto,dense --batch 16 --name bench-cpu-small-batch
+	$(BENCH) $(SMALL) --ways plain-native,auto --name bench-cpu-small
+	$(BENCH) $(SMALL) --ways plain-native,auto,dense --batch 16 --name bench-cpu-small-batch
 	$(BENCH) --rounds 1 --backward --lengths 65536 --max_rate 0.5,0.05 --ways auto --name bench-cpu-long
 	$(BENCH) --rounds 3 --max_rate 0.5 --name bench-cpu-forward
 	$(BENCH) $(MODEL) --name bench-cpu-trained

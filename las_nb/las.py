@@ -31,7 +31,7 @@ def las_weights(
     causal: bool = True,  # may query `i` see keys `j <= i` only?
     # true lengths `(B,)` of right-padded sequences
     lengths: torch.Tensor | None = None,
-) -> torch.Tensor:  # `(B, H, L, L)`, rows sum to one; float32 at least
+) -> torch.Tensor:  # `(B, H, L, L)`, float32 at least; row sums as in smooth_weights
     "The LaS attention matrix, written down in full."
     check_choice("pool", pool, ("scores", "weights"))  # what this path knows
     e, L = decayed_scores(q, k, rates), q.shape[-2]  # (B, H, L, L)

@@ -179,7 +179,7 @@ def smooth_weights(
     causal: bool = True,  # look back only?
     # true lengths `(B,)`, if right-padded; then `a` starts with B
     lengths: torch.Tensor | None = None,
-) -> torch.Tensor:  # `(..., L, L)`; row sums are kept where the window's sum is 1
+) -> torch.Tensor:  # `(..., L, L)`; means, and weights >= 0 of sum 1, keep row sums
     """Spread every weight over the keys in its window, `A P`.
 
     Raises `ValueError` for what is no window or lengths that do not fit."""

@@ -25,8 +25,9 @@ from typing import Any, Iterator, NamedTuple
 class Batch(NamedTuple):
     "Labelled sequences; a split of a data set is one too."
 
-    inputs: torch.Tensor  # tokens `(B, L)` or values `(B, L, F)`
-    # true lengths `(B,)`, or None where no sequence is padded
+    # tokens `(B, L)` or values `(B, L, F)`; of pairs with an axis of 2 after the first
+    inputs: torch.Tensor
+    # true lengths `(B,)`, of pairs `(B, 2)`, or None where no sequence is padded
     lengths: torch.Tensor | None
     # `(B,)`, whole numbers; or numbers `(B, k)`, where these are asked for
     labels: torch.Tensor

@@ -957,9 +957,9 @@ def attention_entropy(
 # %% ../../nbs/18_train.ipynb #477eac0b
 @patch
 def progress_so_far(self: Trainer) -> dict[str, Any]:
-    """What is known after an epoch: accuracies in percent, losses in nats, memory in
-    bytes; by epoch also the largest norm of a gradient before it was clipped, and
-    the largest loss of a batch."""
+    """What is known after an epoch: scores in percent, losses in the unit of the goal
+    (of classes nats), memory in bytes; by epoch also the largest norm of a gradient
+    before it was clipped, and the largest loss of a batch."""
     r = self.recipe
     return dict(
         name=self.name,
