@@ -83,7 +83,8 @@ class Mixer:
     pool: str = "scores"  # pool scores or weights
     causal: bool = True  # see the past only
     spacing: Literal["geometric", "uniform", "equal"] = "geometric"  # of decay rates
-    method: str = "auto"  # how attention is computed: auto, dense, sdpa, flex or linear
+    # how attention is computed: auto, dense, sdpa, flex, linear, native or triton
+    method: str = "auto"
     tol: float | None = None  # error allowed for far keys; none = by dtype
     score_bound: float | None = None  # no score is larger; none = measured
     chunk: int | None = None  # block length of LaS-chunk; none = attention everywhere

@@ -50,7 +50,7 @@ q, k, v = torch.randn(3, 1, 8, 300, 16)  # one stream of 300 tokens
 rates = decay_rates(n_heads=8, max_rate=0.5)
 state = las_state(batch=1, rates=rates, width=16, tol=1e-3, score_bound=16.0)
 o = state.step(q[:, :, :200], k[:, :, :200], v[:, :, :200])  # a prompt
-for i in range(200, 300):  # then token by token, with bounded memory
+for i in range(200, 300):  # then token by token; decaying heads forget
     o = state.step(*(x[:, :, i : i + 1] for x in (q, k, v)))  # (1, 8, 1, 16)
 """,
     ("train.loop", "train"): """
