@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 # %% ../nbs/16_bench.ipynb #1466f9c0
-import contextlib, functools, importlib, io, json, math, multiprocessing, re, statistics
-import sys, time
+import contextlib, ctypes, functools, gc, importlib, io, json, math, multiprocessing
+import re, statistics, sys, time
 import torch, torch.nn.functional as F
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
@@ -425,6 +425,14 @@ def _resident(peak: bool = False) -> int:
         return getattr(info, "peak_wset", info.rss) if peak else info.rss
 
 
+def _settle() -> None:
+    "Give back memory that is free, and forget the peak so far, where that can be done."
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux with glibc
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_of(call: Callable[[], Any], device: str) -> int:  # bytes
     "Peak memory of a call, over what was there before."
     if device == "cuda":
@@ -432,6 +440,7 @@ def peak_of(call: Callable[[], Any], device: str) -> int:  # bytes
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    _settle()
     before = _resident()
     call()
     # the system counts in steps: a small model may seem to take less than nothing

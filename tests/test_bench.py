@@ -12,6 +12,7 @@ from las_nb.bench import (
     make_inputs,
     model_speed,
     peak_memory,
+    peak_of,
     speed_table,
 )
 
@@ -152,6 +153,16 @@ def test_errors_are_measured(monkeypatch):
         lambda q, k, v, rates, case: 1.01 * WAYS["auto"](q, k, v, rates, case),
     )
     assert error_of("wrong", case) > 1e-3
+
+
+def test_memory_that_was_free_counts_when_it_is_taken():
+    "Small blocks stay with the process once freed; the next call is served from them."
+
+    def blocks(n):
+        return [bytearray(1000) for _ in range(n)]
+
+    blocks(100_000)
+    assert peak_of(lambda: blocks(50_000), "cpu") > 40e6
 
 
 def test_memory_is_measured_apart():
