@@ -343,6 +343,19 @@ def _beats_words(results: Path) -> Finding:
     return _above_rule(results, "genomes", "promoters", "words", "mcc")
 
 
+# %% ../../nbs/checks.ipynb #820d541c
+@check
+def _hurts_language(results: Path) -> Finding:
+    "On WikiText-2, is perplexity higher with smoothing than without?"
+    perplexity = grid_scores(results, "language", lambda r: r["word_perplexity"])
+    found, unit = perplexity["language"], "of perplexity per word"
+    with_decay = versus(found["las"], found["locality"], "where scores decay", unit)
+    if "smoothing" not in found:
+        return with_decay
+    alone = versus(found["smoothing"], found["plain"], "where nothing decays", unit)
+    return every([with_decay, alone])
+
+
 # %% ../../nbs/checks.ipynb #35a9fcc8
 @check
 def _part_by_part(results: Path) -> Finding:
