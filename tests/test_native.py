@@ -241,6 +241,23 @@ def test_large_scores(scale):
 
 
 @needs_compiler
+@pytest.mark.parametrize("size", [39.5, 40.5])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scores_as_large_as_need_no_largest_one(size, sign):
+    "Below a bound of 40 no score is subtracted: nothing overflows, nothing vanishes."
+    (q, k, v), up = inputs(1, 700, 8)
+    with torch.no_grad():
+        k[:] = 1.0
+        q[:] = sign * size / 8**0.5 * torch.linspace(0.9, 1, 700)[:, None]
+    got = with_gradients(
+        lambda *t: las_attention(*t, SPEEDS, 1, method="native", tol=1e-6),
+        (q, k, v),
+        up,
+    )
+    assert_near(got, by_matrix((q, k, v), up, 1), 1e-4)
+
+
+@needs_compiler
 def test_no_second_derivative():
     a, up = inputs(1, 100, 8)
     o = las_attention(*a, SPEEDS, method="native")

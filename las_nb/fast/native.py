@@ -31,7 +31,7 @@ _VECTORS = """
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 8, TILE = 64, ROWS = 32, STRIP = 12 };
+enum { LANES = 8, TILE = 64, ROWS = 32, STRIP = 12, SMALL = 40 };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -81,41 +81,46 @@ INLINE float largest(vec x)
 
 # %% ../../nbs/native.ipynb #2010c376
 _PRODUCT = """
-/* c (R, 16) = or += a (R, K) b (K, 16); rows and columns of a lie ra and ca apart */
-INLINE void product(int R, long K, const float *a, long ra, long ca, const float *b,
-                    long rb, float *c, long rc, int add)
+/* c (R, 8 J) = or += a (R, K) b (K, 8 J); rows and columns of a lie ra and ca apart */
+INLINE void product(int R, int J, long K, const float *a, long ra, long ca,
+                    const float *b, long rb, float *c, long rc, int add)
 {
-    vec s[6][2];
+    vec s[12][2];
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < 2; j++)
+        for (int j = 0; j < J; j++)
             s[i][j] = add ? AT(c + i * rc + j * LANES) : (vec){};
     for (long k = 0; k < K; k++) {
-        vec b0 = AT(b + k * rb), b1 = AT(b + k * rb + LANES);
+        vec y[2];
+        for (int j = 0; j < J; j++) y[j] = AT(b + k * rb + j * LANES);
         for (int i = 0; i < R; i++) {
             float x = a[i * ra + k * ca];
-            s[i][0] += x * b0;
-            s[i][1] += x * b1;
+            for (int j = 0; j < J; j++) s[i][j] += x * y[j];
         }
     }
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < 2; j++) AT(c + i * rc + j * LANES) = s[i][j];
+        for (int j = 0; j < J; j++) AT(c + i * rc + j * LANES) = s[i][j];
 }
 
-/* the same for M rows, an even number, and N columns, a multiple of 16 */
+/* the same for M rows, an even number, R of them at a time */
+INLINE void products(int R, int J, long M, long K, const float *a, long ra, long ca,
+                     const float *b, long rb, float *c, long rc, int add)
+{
+    long m = 0;
+    for (; m + R <= M; m += R)
+        product(R, J, K, a + m * ra, ra, ca, b, rb, c + m * rc, rc, add);
+    for (; m + 4 <= M; m += 4)
+        product(4, J, K, a + m * ra, ra, ca, b, rb, c + m * rc, rc, add);
+    if (m < M) product(2, J, K, a + m * ra, ra, ca, b, rb, c + m * rc, rc, add);
+}
+
+/* the same for N columns, a multiple of 8 */
 static void matmul(long M, long N, long K, const float *a, long ra, long ca,
                    const float *b, long rb, float *c, long rc, int add)
 {
-    for (long n = 0; n < N; n += 16) {
-        long m = 0;
-        for (; m + 6 <= M; m += 6)
-            product(6, K, a + m * ra, ra, ca, b + n, rb, c + m * rc + n, rc, add);
-        if (m + 4 <= M) {
-            product(4, K, a + m * ra, ra, ca, b + n, rb, c + m * rc + n, rc, add);
-            m += 4;
-        }
-        if (m < M)
-            product(2, K, a + m * ra, ra, ca, b + n, rb, c + m * rc + n, rc, add);
-    }
+    long n = 0;
+    for (; n + 16 <= N; n += 16)
+        products(6, 2, M, K, a, ra, ca, b + n, rb, c + n, rc, add);
+    if (n < N) products(12, 1, M, K, a, ra, ca, b + n, rb, c + n, rc, add);
 }
 """
 
@@ -128,6 +133,7 @@ typedef struct {
     rows q, k, v, o, g, dq, dk, dv;
     float *lse, *g_lse, *smooth, *sizes; /* (B, H, L), same, like k, (3, B, H) */
     const float *rates, *taps, *edges;   /* (H), (H, W), (H, W) */
+    const float *bounds;                 /* (H), no score is larger */
     const int64_t *reach, *first;        /* (H), steps, multiples of TILE */
     const int64_t *units;                /* (n, 3): head of a sequence, share, shares */
     long n, B, H, L, D, W, threads;
@@ -139,7 +145,7 @@ INLINE float *head(const call *c, rows x, long bh)
     return x.at + bh / c->H * x.batch + bh % c->H * x.head;
 }
 
-INLINE long wide(const call *c) { return (c->D + 15) / 16 * 16; }
+INLINE long wide(const call *c) { return (c->D + LANES - 1) / LANES * LANES; }
 INLINE long tiles(const call *c) { return (c->L + TILE - 1) / TILE; }
 INLINE float *room(long n) { return malloc(sizeof(float) * (n > 0 ? n : 1)); }
 
@@ -201,10 +207,10 @@ static void make_decays(decays *e, float rate)
 }
 
 /* decays of a query i steps after the first one of its tile, which lies `apart` steps
-   after that of the keys: factor of AT(col + j), or place in gap and seen */
-INLINE float before(const decays *e, long i, long apart)
+   after that of the keys: factor of row[i] and AT(col + j), or place in gap and seen */
+INLINE float between(const decays *e, long apart)
 {
-    return e->row[i] * exp2f(-e->rate * (apart - TILE + 1));
+    return exp2f(-e->rate * (apart - TILE + 1));
 }
 
 INLINE long place(long i, long apart) { return TILE - 1 - i - apart; }
@@ -239,7 +245,8 @@ int las_survey(const call *c)
 _SEE = """
 /* a tile of queries, and what its running softmax knows */
 typedef struct {
-    long n; /* rows, an even number */
+    long n;    /* rows, an even number */
+    int small; /* are all scores small? */
     float *q, *sum, *scores;
     float top[TILE];
     vec all[TILE]; /* denominators, in eight parts */
@@ -247,17 +254,22 @@ typedef struct {
 
 /* a row of one tile of keys more, `apart` steps before: its first n scores */
 INLINE void soften(running *s, const decays *e, long i, float *x, long n, long P,
-                   long apart)
+                   long apart, float fall)
 {
     vec most = (vec){} - INFINITY, part = {};
-    float far = apart ? before(e, i, apart) : 0;
+    float far = fall * e->row[i];
     for (long j = 0; j < n; j += LANES) {
         long at = place(i, apart) + j;
         vec y = AT(x + j);
         if (apart) y *= far * AT(e->col + j);
         else y = choose(AT_INTS(e->seen + at), y * AT(e->gap + at), (vec){} - INFINITY);
+        if (s->small) part += y = power(y);
+        else most = choose(y > most, y, most);
         AT(x + j) = y;
-        most = choose(y > most, y, most);
+    }
+    if (s->small) {
+        s->all[i] += part;
+        return;
     }
     float old = s->top[i], now = largest(most);
     now = old > now ? old : now;
@@ -278,14 +290,15 @@ INLINE void soften(running *s, const decays *e, long i, float *x, long n, long P
 static void see(running *s, const decays *e, const float *keys, const float *values,
                 long P, long apart)
 {
+    float fall = apart ? between(e, apart) : 0;
     for (long i = 0; i < s->n; i += STRIP) {
         long some = s->n - i < STRIP ? s->n - i : STRIP;
         long n = apart ? TILE : (i + some + 15) / 16 * 16; /* later keys are not seen */
         matmul(some, n, P, s->q + i * P, P, 1, keys, TILE, s->scores, TILE, 0);
         for (long r = i; r < i + some; r++) {
             float *x = s->scores + (r - i) * TILE;
-            if (apart) soften(s, e, r, x, TILE, P, apart);
-            else soften(s, e, r, x, n, P, 0);
+            if (apart) soften(s, e, r, x, TILE, P, apart, fall);
+            else soften(s, e, r, x, n, P, 0, 0);
         }
         matmul(some, P, n, s->scores, TILE, 1, values, P, s->sum + i * P, P, 1);
     }
@@ -304,7 +317,7 @@ static int forward_unit(const call *c, long bh, long share, long shares)
     float *keys = room(all + 2 * TILE * P + STRIP * TILE);
     if (!keys) return 1;
     float *values = keys + n * TILE * P, *sums = values + n * TILE * P;
-    running s = {.q = sums + (n + 1) * P};
+    running s = {.q = sums + (n + 1) * P, .small = c->bounds[h] < SMALL};
     s.sum = s.q + TILE * P, s.scores = s.sum + TILE * P;
     double total[P]; /* of all values so far */
     decays e;
@@ -324,7 +337,7 @@ static int forward_unit(const call *c, long bh, long share, long shares)
         s.n = L - m0 < TILE ? (L - m0 + 1) / 2 * 2 : TILE;
         pack(c, q, c->q.row, m0, TILE, c->scale, s.q);
         for (long i = 0; i < TILE; i++) { /* far keys: so many of score 0 */
-            s.top[i] = far ? 0 : -INFINITY;
+            s.top[i] = far || s.small ? 0 : -INFINITY;
             s.all[i] = (vec){far * TILE};
             memcpy(s.sum + i * P, sums + far * P, sizeof(float) * P);
         }
@@ -368,12 +381,13 @@ static void exchange(const gradients *x, const decays *e, long P, long m0, long 
     int diagonal = m0 < n0 + TILE;
     /* later keys are not seen */
     long n = diagonal ? (m0 - n0 + some + 15) / 16 * 16 : TILE;
+    float fall = diagonal ? 0 : between(e, m0 - n0);
     matmul(some, n, P, q, P, 1, x->kt, TILE, x->weights, TILE, 0);
     matmul(some, n, P, g, P, 1, x->vt, TILE, x->d_scores, TILE, 0);
     for (long i = 0; i < some; i++) {
         float *w = x->weights + i * TILE, *ds = x->d_scores + i * TILE;
         float lse = x->lse[m0 + i], delta = x->delta[m0 + i];
-        float far = diagonal ? 0 : before(e, i, m0 - n0);
+        float far = fall * e->row[i];
         for (long j = 0; j < n; j += LANES) {
             long at = diagonal ? place(i, m0 - n0) + j : 0;
             vec decay = AT(e->gap + at);
@@ -645,13 +659,14 @@ def _layout(
     B: int,
     L: int,
     threads: int,
-) -> tuple[torch.Tensor, ...]:  # reach and first `(H,)`, units `(n, 3)`
-    "How far heads look, and who computes what."
+) -> tuple[torch.Tensor, ...]:  # bounds, reach and first `(H,)`, units `(n, 3)`
+    "How large scores may be, how far heads look, and who computes what."
     found = [reach_of(r, L, s, tol) for r, s in zip(speeds, bounds)]
     reach, first, keys = zip(*found)
     units = _shares(keys, B, threads)
     with torch.inference_mode(False):
-        return tuple(torch.tensor(x, device="cpu") for x in (reach, first, units))
+        found = bounds, reach, first, units
+        return tuple(torch.tensor(x, device="cpu") for x in found)
 
 
 def make_tables(
@@ -685,7 +700,7 @@ class _Rows(ctypes.Structure):
 
 
 _TENSORS = "q", "k", "v", "o", "g", "dq", "dk", "dv"
-_TABLES = "lse", "g_lse", "smooth", "sizes", "rates", "taps", "edges"
+_TABLES = "lse", "g_lse", "smooth", "sizes", "rates", "taps", "edges", "bounds"
 _TABLES += "reach", "first", "units"
 _NUMBERS = "n", "B", "H", "L", "D", "W", "threads"
 
@@ -799,7 +814,7 @@ def native_attention(
     threads = torch.get_num_threads()
     size = q.shape[0], q.shape[2], threads
     layout = _layout(tuple(speeds), bounds, tol, *size)
-    tables = dict(zip(("reach", "first", "units"), layout))
+    tables = dict(zip(("bounds", "reach", "first", "units"), layout))
     tables |= zip(("rates", "taps", "edges"), _kept_tables(tuple(speeds), window))
     q, k, v = map(_dense_rows, (q, k, v))
     return _Native.apply(q, k, v, tables, q.shape[-1] ** -0.5)
