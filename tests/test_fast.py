@@ -3,7 +3,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
-from las_nb.fast import bands as lib, heads as heads_lib
+from las_nb.fast import api, bands as lib, heads as heads_lib
 from las_nb.fast import METHODS, TOL, Band, las_attention, plan, score_bounds
 from las_nb.fast.bands import (
     band_error,
@@ -1081,6 +1081,7 @@ def test_signatures_of_the_gpu_kernels(kind, dtype, b, K, scale):
 def test_few_long_heads_keep_all_cores_busy(heads, L, monkeypatch):
     "In two halves: the same numbers, forward and backward, to rounding."
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(api, "native_works", lambda: False)
     used, split = [], heads_lib.split_attention
     spy = lambda *a: used.append(1) or split(*a)  # noqa: E731
     monkeypatch.setattr(heads_lib, "split_attention", spy)

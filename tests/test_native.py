@@ -283,7 +283,11 @@ def test_auto_takes_it_where_it_can(monkeypatch):
 
     assert taken() == 1 and taken(dtype=torch.bfloat16) == 1
     assert taken(causal=False) == 2 and taken(speeds=(0.0,) * 3) == 1
-    assert not taken(speeds=(0.0,) * 3, window=1)  # plain attention is torch's
+    plain = dict(speeds=(0.0,) * 3, window=1)
+    assert taken(**plain) == 1
+    # torch's own
+    assert not taken(dtype=torch.bfloat16, **plain)
+    assert not taken(causal=False, **plain)
     assert not taken(dtype=torch.float64) and not taken(method="linear")
     assert taken(L=24) == 1 and not taken(L=100, causal=False)
     trained = torch.full((3,), 1 / 3, requires_grad=True)

@@ -9,6 +9,7 @@ __all__ = ["influence", "Attention", "ALiBi", "Local"]
 import torch, torch.nn.functional as F
 from torch import nn
 from ..fast import LaSState, las_state
+from ..fast.api import plain_attention
 from .las import SelfAttention, check_decodes, kept_as
 from .register import register_mixer
 from ..padding import key_mask, whole_lengths
@@ -42,9 +43,9 @@ class Attention(SelfAttention):
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         "Softmax attention of the heads: `(B, H, L, D)`."
-        return F.scaled_dot_product_attention(
-            q, k, v, self.real_keys(k, lengths), is_causal=self.causal
-        )
+        if self.causal:
+            return plain_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, self.real_keys(k, lengths))
 
     def state(self, batch: int) -> LaSState:
         """An empty past for `batch` streams: LaS without decay or smoothing keeps all
