@@ -220,7 +220,7 @@ def _step_on(args: dict[str, Any], batch: Batch) -> Callable[[], float]:
 def probe_step(args: dict[str, Any], root: str | None, device: str) -> int:  # bytes
     "Peak memory of a training step over what model and data take."
     batch = _one_batch(args, root, device)
-    _step_on(args, batch.first(1))()  # what loads at first use
+    _step_on(args, batch)()  # what loads at first use, by this size too
     return peak_of(_step_on(args, batch), device)
 
 
