@@ -526,8 +526,10 @@ def _takes_native(
         raise ValueError(f"method 'native' needs {why}; use 'auto'")
     if method == "native" or why:
         return not why
-    if not any(speeds) and is_one(window) and not (causal and q.dtype == torch.float32):
-        return False  # plain attention is torch's own
+    plain = not any(speeds) and is_one(window)
+    ours = causal and q.dtype == torch.float32
+    if plain and not ours:
+        return False
     return native_works()
 
 

@@ -242,7 +242,7 @@ int las_survey(const call *c)
 """
 
 # %% ../../nbs/native.ipynb #d24e80f5
-_SEE = """
+_SOFTEN = """
 /* a tile of queries, and what its running softmax knows */
 typedef struct {
     long n;    /* rows, an even number */
@@ -286,7 +286,10 @@ INLINE void soften(running *s, const decays *e, long i, float *x, long n, long P
     }
     s->all[i] += part;
 }
+"""
 
+# %% ../../nbs/native.ipynb #ff645597
+_SEE = """
 static void see(running *s, const decays *e, const float *keys, const float *values,
                 long P, long apart)
 {
@@ -537,7 +540,7 @@ int las_threads(void)
 # %% ../../nbs/native.ipynb #9fafc004
 _SOURCE = "".join(
     (
-        *(_VECTORS, _PRODUCT, _CALL, _DECAYS, _SEE, _FORWARD),
+        *(_VECTORS, _PRODUCT, _CALL, _DECAYS, _SOFTEN, _SEE, _FORWARD),
         *(_BACKWARD, _UNIT, _WHOLE),
     )
 )
