@@ -13,6 +13,7 @@ from las_nb.tasks import TASKS, Batch, Task, register_task
 from las_nb.tasks.augment import COARSE, coarse, fewer_rows, mirror, shift
 from las_nb.tasks.digits import small_digits
 from las_nb.tasks.listops import evaluate, listops, shuffle_arguments, VOCAB
+from las_nb.tasks.listops import partly_evaluated
 from las_nb.train import Stopped, Trainer, build, load_run, preset, score, train
 from las_nb.train.optim import moving_average
 from pages import ROOT
@@ -148,6 +149,26 @@ def test_shuffled_lists_have_the_same_value(tmp_path):
     assert (other.inputs != batch.inputs).any(1).all()
     for tokens, label in zip(other.inputs.tolist(), batch.labels.tolist()):
         assert evaluate(" ".join(VOCAB[t] for t in tokens if t > 1)) == label
+
+
+def test_inner_lists_as_their_values_leave_the_answer(tmp_path):
+    batch = listops(tmp_path, sample=True)["train"].rows(torch.arange(40))
+    seen = set()
+    for seed in range(30):
+        other, again = (
+            partly_evaluated(batch, torch.Generator().manual_seed(seed))
+            for _ in range(2)
+        )
+        assert torch.equal(other.inputs, again.inputs)
+        assert other.inputs.dtype == batch.inputs.dtype
+        assert other.inputs.shape[1] % 64 == 0
+        assert torch.equal((other.inputs > 0).sum(1), other.lengths)
+        assert (other.lengths <= batch.lengths).all()
+        seen.add(int(other.lengths.sum()))
+        for tokens, label in zip(other.inputs.tolist(), batch.labels.tolist()):
+            assert tokens[: tokens.index(1) + 1].count(2) == sum(t > 12 for t in tokens)
+            assert evaluate(" ".join(VOCAB[t] for t in tokens if t > 1)) == label
+    assert len(seen) > 5 and max(seen) == batch.lengths.sum()  # of nine depths
 
 
 # --- the loop

@@ -17,6 +17,7 @@ __all__ = [
     "read_listops",
     "listops",
     "shuffle_arguments",
+    "partly_evaluated",
     "root_operator",
     "root_and_digits",
 ]
@@ -339,6 +340,37 @@ def shuffle_arguments(batch: Batch, generator: torch.Generator) -> Batch:
     return batch._replace(inputs=inputs)
 
 
+# %% ../../nbs/19_listops.ipynb #48286db9
+def _cut_below(tokens: list[int], deepest: int) -> list[int]:
+    "One list, with its end mark; lists nested deeper than this as their values."
+    opened: list[list[int]] = [[]]
+    for token in filter(None, tokens):  # padding is 0
+        if token >= 13:  # an operator
+            opened.append([token])
+        elif token == 2:
+            operator, *digits = opened.pop()
+            done = [operator, *digits, 2]
+            if len(opened) > deepest:
+                compute = COMPUTE[OPERATORS[operator - 13]]
+                done = [3 + compute([digit - 3 for digit in digits])]
+            opened[-1] += done
+        else:
+            opened[-1].append(token)
+    return opened[0]
+
+
+def partly_evaluated(batch: Batch, generator: torch.Generator) -> Batch:
+    "ListOps with inner lists as their values, those below a random depth of 1 to 9."
+    deepest = int(torch.randint(1, 10, (1,), generator=generator))
+    found = [_cut_below(tokens, deepest) for tokens in batch.inputs.tolist()]
+    lengths = [len(tokens) for tokens in found]
+    L = -(-max(lengths) // 64) * 64
+    padded = [tokens + [0] * (L - len(tokens)) for tokens in found]
+    inputs = batch.inputs.new_tensor(padded)  # (B, L)
+    device = batch.inputs.device
+    return Batch(inputs, torch.tensor(lengths, device=device), batch.labels)
+
+
 # %% ../../nbs/19_listops.ipynb #26959e0b
 def root_operator(split: Sequences) -> torch.Tensor:  # `(n,)`
     "The first token of every list: a model near 37 % need have read no more."
@@ -385,7 +417,7 @@ register_task(
             "root operator": root_operator,
             "root and its digits": root_and_digits,
         },
-        augments=dict(shuffle=shuffle_arguments),
+        augments=dict(shuffle=shuffle_arguments, partial=partly_evaluated),
         presets=ARENA["listops"],
     ),
 )
