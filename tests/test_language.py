@@ -170,6 +170,27 @@ def test_a_folder_of_files(tmp_path):
     for part in ("train", "valid", "test"):
         (tmp_path / f"{part}.txt").write_text(part * 300)
     assert own_text(tmp_path)["valid"] == [b"valid" * 300]
+    (tmp_path / "README.md").write_text("about these files " * 100)
+    found = own_text(tmp_path)  # what lies beside named parts is not read
+    assert found == {p: [p.encode() * 300] for p in ("train", "valid", "test")}
+    (tmp_path / "valid.txt").write_text(" ")
+    with pytest.raises(DataError, match="no text for valid"):
+        own_text(tmp_path)
+    (tmp_path / "valid.txt").unlink()
+    with pytest.raises(DataError, match="names no valid, but the other two"):
+        own_text(tmp_path)
+    (tmp_path / "train.txt").unlink()  # one alone is a name like any other
+    assert len(own_text(tmp_path)["train"]) == 2
+
+
+def test_a_folder_with_a_folder_for_every_part(tmp_path):
+    for part in ("train", "validation", "test"):
+        (tmp_path / part).mkdir()
+        for i in range(3):
+            (tmp_path / part / f"{i}.txt").write_text(f"{part} {i} " * 200)
+    found = own_text(tmp_path)
+    assert {p: len(docs) for p, docs in found.items()} == dict(train=3, valid=3, test=3)
+    assert all(doc.startswith(b"validation") for doc in found["valid"])
 
 
 def test_wikitext_that_is_something_else(tmp_path):

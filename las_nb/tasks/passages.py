@@ -28,6 +28,7 @@ from .._util import DataError, at_home
 from ._files import alone, download
 from .goals import Classes
 from .preparation import learn_tokens
+from .readers import PARTS, part_of
 from .sequences import Batch, shuffled
 from .task import Task, register_task
 
@@ -225,9 +226,6 @@ def _wiki_part(folder: Path, archive: Path, name: str) -> tuple[bytes, Path]:
 
 
 # %% ../../nbs/passages.ipynb #5efbe811
-_PARTS = ("train", "valid", "test")
-
-
 def _document(path: Path) -> bytes:
     "A file of text; raises `DataError` for what is none."
     try:
@@ -258,6 +256,29 @@ def _three(text: bytes) -> list[bytes]:
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
 
 
+# %% ../../nbs/passages.ipynb #c1899597
+def _visible(folder: Path) -> list[Path]:
+    "The files in a folder and its folders, hidden ones left out."
+    inside = sorted(f for f in folder.rglob("*") if f.is_file())
+    hidden = [any(p[:1] == "." for p in f.relative_to(folder).parts) for f in inside]
+    return [f for f, h in zip(inside, hidden) if not h]
+
+
+def _named(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    "The files of every split, where names at the top of a folder tell; else nothing."
+    parts: dict[str, list[Path]] = {part: [] for part in PARTS}
+    for f in files:
+        top = Path(f.relative_to(folder).parts[0])
+        parts.get(part_of(top.stem), []).append(f)
+    absent = [part for part, inside in parts.items() if not inside]
+    if len(absent) == 1:
+        raise DataError(
+            f"{folder} names no {absent[0]}, but the other two of train, valid and "
+            "test; add it, or rename them"
+        )
+    return {} if absent else parts
+
+
 # %% ../../nbs/passages.ipynb #6ef70bcb
 def own_text(
     path: str | Path,  # a UTF-8 file, or a folder of them
@@ -266,26 +287,26 @@ def own_text(
     path = at_home(path)
     if not path.exists():
         raise DataError(f"there is no {path}; --data names a text file, or a folder")
-    files = [path]
-    if path.is_dir():
-        inside = sorted(f for f in path.rglob("*") if f.is_file())
-        hidden = [any(p[:1] == "." for p in f.relative_to(path).parts) for f in inside]
-        files = [f for f, h in zip(inside, hidden) if not h]
+    files = _visible(path) if path.is_dir() else [path]
+    named = _named(files, path) if path.is_dir() else {}
+    files = [f for part in named.values() for f in part] or files
     texts = {f: text for f in files if (text := _document(f)).strip()}
-    named = {f.stem: [t] for f, t in texts.items() if f.stem in _PARTS}
-    if len(texts) == 3 == len(named):
-        return named
-    if len(texts) < 20:
+    if named:
+        found = {p: [texts[f] for f in named[p] if f in texts] for p in PARTS}
+    elif len(texts) < 20:
         thirds = zip(*map(_three, texts.values()))
-        found = {p: list(filter(None, t)) for p, t in zip(_PARTS, thirds)}
+        found = {p: list(filter(None, t)) for p, t in zip(PARTS, thirds)}
     else:
         docs = [list(texts.values())[i] for i in shuffled(len(texts)).tolist()]
         held = len(docs) // 20
         cuts = docs[2 * held :], docs[:held], docs[held : 2 * held]
-        found = dict(zip(_PARTS, cuts))
+        found = dict(zip(PARTS, cuts))
     size = sum(map(len, texts.values()))
-    if size < 1000 or not all(map(found.get, _PARTS)):
+    if size < 1000:
         raise DataError(f"{path} has {size:,} bytes of text; 1,000 are the least")
+    empty = [part for part in PARTS if not found.get(part)]
+    if empty:
+        raise DataError(f"{path} has no text for {empty[0]}; give it some")
     return found
 
 
