@@ -135,7 +135,7 @@ def _data(asked: settings.GetData, given: list[str]) -> None:
 
 # %% ../nbs/cli.ipynb #22e00b54
 # of nbs/races, in the order of their worth
-_RACES = ("race", "listops-race", "arena-race", "race-trials")
+_RACES = ("race", "listops-race", "listops-partial", "arena-race", "race-trials")
 
 
 def _every_run(asked: settings.Experiments) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from las_nb.tasks.listops import (
     long_tree,
     read_listops,
     root_and_digits,
+    root_and_level,
     root_operator,
     to_text,
     to_tokens,
@@ -277,9 +278,11 @@ def test_trivial_readers(tmp_path):
     splits = load_task("listops", tmp_path, limit=1500)
     train, test = splits["train"], splits["test"]
     assert TASKS["listops"].readers["root operator"] is root_operator
-    scores = [trivial(train, test, r) for r in (None, root_operator, root_and_digits)]
-    # 17, 36.5 and 48 on the large set; one standard error is 1.3
-    assert 14 < scores[0] < 21 and 30 < scores[1] < 41 and 42 < scores[2] < 53
+    readers = (None, root_operator, root_and_digits, root_and_level)
+    scores = [trivial(train, test, r) for r in readers]
+    # 17, 36.5, 48 and 60 on the large set; one standard error is 1.3
+    assert 14 < scores[0] < 21 and 30 < scores[1] < 41
+    assert 42 < scores[2] < 53 and 54 < scores[3] < 66
 
 
 def test_root_and_digits_by_hand():
@@ -301,6 +304,10 @@ def test_root_and_digits_by_hand():
     )
     assert root_and_digits(split).tolist() == [
         11 * OPERATORS.index(o) + v for o, v in texts.values()
+    ]
+    level = (7, 4, 4, 3, 7, 9)  # a MIN for 0, a MAX for 9, an SM for 4
+    assert root_and_level(split).tolist() == [
+        11 * OPERATORS.index(o) + v for (o, _), v in zip(texts.values(), level)
     ]
     assert root_operator(split).tolist() == [
         13 + OPERATORS.index(o) for o, _ in texts.values()

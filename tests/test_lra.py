@@ -906,7 +906,9 @@ def test_smoke_preset_trains_on_a_sample(task, samples, tmp_path):
         and 0 <= record["test"] <= 100
     )
     assert set(record["trivial"]) == {"majority class"} | (
-        {"root operator", "root and its digits"} if task == "listops" else set()
+        {"root operator", "root and its digits", "root and its level"}
+        if task == "listops"
+        else set()
     )
     assert (
         record["command"] == f"las train {task} --preset smoke"
