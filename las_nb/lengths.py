@@ -39,6 +39,8 @@ def score_at(
     task: str,  # one whose length may be chosen
     length: int,  # steps per sequence
     sequences: int = 100,  # at most as many as the task has for a test
+    # of a text, how many tokens are asked for, from its beginning; None: all that are read
+    asked: int | None = None,
     **text: Any,  # path and tokens, see load_task
 ) -> dict[str, float]:  # right: answers; n: of how many; nats: mean loss
     """Test a model on sequences of another length; raises `ValueError` where task or
@@ -48,7 +50,13 @@ def score_at(
     size = max(1, 2**14 // length)  # sequences at once
     sums = torch.zeros(3, dtype=torch.float64)
     for i in range(0, len(data.labels), size):
+        if asked is not None and sums[2] >= asked:
+            break
         b = data.rows(slice(i, i + size))
+        if asked is not None:  # every length asks for the same ones
+            so_far = int(sums[2]) + (b.labels >= 0).flatten().cumsum(0)
+            late = so_far.view_as(b.labels) > asked
+            b = b._replace(labels=b.labels.masked_fill(late, -100))
         sums += Classes().told(model(b.inputs, b.lengths), b.labels).to(sums)
     right, nats, n = sums.tolist()
     return dict(right=int(right), n=int(n), nats=nats / n)
@@ -170,9 +178,11 @@ def _measure_run(
             continue
         start = time.perf_counter()
         reader = stretched(model, L / trained_at) if asked.stretch else model
-        size = max(10, min(500, asked.tokens // L))
+        size, most = max(10, min(500, asked.tokens // L)), None
+        if task.any_text:
+            size, most = 2 * -(-asked.tokens // L), asked.tokens // 2
         text = dict(path=recipe.data.path, tokens=recipe.data.tokens)
-        new = score_at(reader, recipe.task, L, size, **text)
+        new = score_at(reader, recipe.task, L, size, most, **text)
         new |= dict(seconds=time.perf_counter() - start, **how)
         _measured_lengths(path, name, fresh, {str(L): new})
         right = f"{100 * new['right'] / new['n']:.1f} % of {new['n']:,}"
