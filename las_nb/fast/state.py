@@ -71,8 +71,8 @@ def keep_plan(
     width: int = 32,  # D
     value_width: int = 32,  # of the values
 ) -> list[Kept]:
-    """What a state keeps of every head, in as few numbers as the promise allows; heads
-    that need alike many keys share a buffer."""
+    """What a state keeps of every head: what the promise needs, and up to twice as many
+    keys where heads share a buffer."""
     sizes = width, value_width
     cut = [_cheapest(r, s, tol, *sizes) for r, s in zip(rates, bounds)]
     slow = tuple(h for h, c in enumerate(cut) if c is None)
