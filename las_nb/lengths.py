@@ -39,7 +39,7 @@ def score_at(
     task: str,  # one whose length may be chosen
     length: int,  # steps per sequence
     sequences: int = 100,  # at most as many as the task has for a test
-    # of a text, how many tokens are asked for, from its beginning; None: all that are read
+    # of a text, how many tokens are asked for, from its beginning; None: all
     asked: int | None = None,
     **text: Any,  # path and tokens, see load_task
 ) -> dict[str, float]:  # right: answers; n: of how many; nats: mean loss

@@ -289,7 +289,7 @@ def own_text(
         raise DataError(f"there is no {path}; --data names a text file, or a folder")
     files = _visible(path) if path.is_dir() else [path]
     named = _named(files, path) if path.is_dir() else {}
-    files = [f for part in named.values() for f in part] or files
+    files = sum(named.values(), []) or files
     texts = {f: text for f in files if (text := _document(f)).strip()}
     if named:
         found = {p: [texts[f] for f in named[p] if f in texts] for p in PARTS}
