@@ -292,7 +292,7 @@ def own_text(
     files = sum(named.values(), []) or files
     texts = {f: text for f in files if (text := _document(f)).strip()}
     if named:
-        found = {p: [texts[f] for f in named[p] if f in texts] for p in PARTS}
+        found = {p: list(filter(None, map(texts.get, named[p]))) for p in PARTS}
     elif len(texts) < 20:
         thirds = zip(*map(_three, texts.values()))
         found = {p: list(filter(None, t)) for p, t in zip(PARTS, thirds)}
